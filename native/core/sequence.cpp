@@ -1,0 +1,470 @@
+#include "sequence.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "../numerics/half.h"
+#include "error.h"
+
+namespace innerkv {
+
+namespace {
+
+std::size_t at(int i) { return static_cast<std::size_t>(i); }
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/// Compact zero points that the first `slots` slots of a tensor own: the sign bits of its scales tell.
+int count_zeros(const TensorLayout& tensor, const std::uint8_t* base, int slots) {
+  if (!tensor.spec.compact_zeros()) return 0;
+  const int span = tensor.spec.flush_tokens();
+  int zeros = 0;
+  for (int slot = 0; slot < slots; slot += span)
+    for (int g = 0; g < tensor.groups(); ++g) {
+      std::uint16_t scale;
+      std::memcpy(&scale, base + tensor.scales_at() + std::size_t{2} * at(tensor.scale_index(slot, g)), 2);
+      zeros += scale >> 15;
+    }
+  return zeros;
+}
+
+/// Reserves extents for the worst case of `slots` more slots; give_back_extents() returns what was not needed.
+void reserve_extents(Pool& pool, const TensorLayout& tensor, std::vector<Slot>& extents, int zeros, int slots) {
+  if (!tensor.spec.compact_zeros()) return;
+  const int worst = zeros + slots / tensor.spec.flush_tokens() * tensor.groups();
+  while (static_cast<int>(extents.size()) * kZeroExtent < worst) extents.push_back(pool.take(2 * kZeroExtent));
+}
+
+void give_back_extents(Page& page) {
+  page.k_zeros.resize(at(ceil_div(page.k_zero_count, kZeroExtent)));
+  page.v_zeros.resize(at(ceil_div(page.v_zero_count, kZeroExtent)));
+}
+
+void clear_removed(Page& page, int first, int count) {
+  for (int slot = first; slot < first + count; ++slot) page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
+}
+
+}  // namespace
+
+Sequence::Sequence(std::shared_ptr<Cache> cache) : cache_(std::move(cache)), layers_(at(cache_->config().layers)) {
+  for (LayerState& state : layers_) state.pages.resize(at(cache_->config().kv_heads));
+}
+
+const LayerState& Sequence::layer_state(int layer) const {
+  if (layer < 0 || layer >= cache_->config().layers)
+    throw Error(ErrorCode::kInvalidArgument, "Layer " + std::to_string(layer) + " does not exist; the cache has " + std::to_string(cache_->config().layers) + ".");
+  return layers_[at(layer)];
+}
+
+LayerState& Sequence::checked(int layer) { return const_cast<LayerState&>(layer_state(layer)); }
+
+std::size_t Sequence::page_bytes(const LayerScheme& scheme) const { return PageLayout(scheme.k, scheme.v, cache_->config().head_dim).bytes(); }
+
+Sequence::Windows Sequence::windows(const LayerState& state, const LayerScheme& scheme, int head) const {
+  const int D = cache_->config().head_dim;
+  auto* base = reinterpret_cast<std::uint16_t*>(state.windows.data());
+  if (!base) return {};
+  base += std::ptrdiff_t{head} * 2 * (scheme.sink + scheme.ring_tokens()) * D;
+  const std::ptrdiff_t sink = std::ptrdiff_t{scheme.sink} * D, ring = std::ptrdiff_t{scheme.ring_tokens()} * D;
+  return {base, base + sink, base + 2 * sink, base + 2 * sink + ring};
+}
+
+const Basis* Sequence::basis(const LayerState& state, const LayerScheme& scheme, int head) const {
+  if (state.online) return &(*state.online)[at(head)];
+  return scheme.basis.empty() ? nullptr : &scheme.basis[at(head)];
+}
+
+/// Where the windows end after `added` more tokens. docs/format.md and docs/windows: a flush of f tokens happens when the
+/// recent window would reach recent + f; `released_windows` repeats InnerQ's released code, whose windows shrink.
+Reach Sequence::reach_after(const LayerState& state, const LayerScheme& scheme, int added) const {
+  const int total = state.tokens + added, k_flush = scheme.k.flush_tokens(), v_flush = scheme.v.flush_tokens();
+  Reach reach = state.reach;
+  if (!scheme.released_windows) {
+    reach.sink = scheme.sink;
+    if (scheme.online() && total < scheme.stat_tokens) return reach;
+    const int body = std::max(0, total - scheme.sink - scheme.recent);
+    reach.k = std::max(reach.k, body / k_flush * k_flush);
+    reach.v = std::max(reach.v, body / v_flush * v_flush);
+    return reach;
+  }
+  int steps = added;
+  if (state.tokens == 0) {  // the first call is the prefill
+    reach.sink = std::min(scheme.sink, total);
+    const int body = total - reach.sink, middle = body - std::min(scheme.recent, body);
+    const auto whole = [&](int flush) { return ceil_div(middle, flush) * flush <= body ? ceil_div(middle, flush) * flush : middle / flush * flush; };
+    reach.k = whole(k_flush);
+    reach.v = whole(v_flush);
+    steps = 0;
+  }
+  for (int body = total - steps - reach.sink + 1; body <= total - reach.sink; ++body) {
+    if (body - reach.k >= k_flush) reach.k += k_flush;
+    if (body - reach.v >= v_flush) reach.v += v_flush;
+  }
+  return reach;
+}
+
+/// `page` itself when nobody else holds it, otherwise a copy (copy on write); a fresh page for nullptr.
+std::shared_ptr<Page> Sequence::own_page(const std::shared_ptr<Page>& page, const LayerScheme& scheme) const {
+  if (page && page.use_count() == 1) return page;
+  Pool& pool = cache_->pool();
+  auto own = std::make_shared<Page>();
+  own->bytes = pool.take(page_bytes(scheme));
+  if (!page) return own;
+  const auto copy_extents = [&](const std::vector<Slot>& from, std::vector<Slot>& to) {
+    for (const Slot& extent : from) {
+      to.push_back(pool.take(2 * kZeroExtent));
+      cache_->backend().copy_memory(to.back().data(), extent.data(), 2 * kZeroExtent);
+    }
+  };
+  copy_extents(page->k_zeros, own->k_zeros);
+  copy_extents(page->v_zeros, own->v_zeros);
+  cache_->backend().copy_memory(own->bytes.data(), page->bytes.data(), page_bytes(scheme));
+  std::copy(std::begin(page->removed), std::end(page->removed), std::begin(own->removed));
+  own->k_zero_count = page->k_zero_count;
+  own->v_zero_count = page->v_zero_count;
+  return own;
+}
+
+namespace {
+
+/// Tokens of one head, old ones from the windows, new ones from the arguments of append().
+struct TokenSource {
+  const std::uint16_t *sink, *ring, *added;  // added: row of this head in token 0, rows `stride` apart
+  int sink_tokens, ring_tokens, old_tokens, head_dim;
+  std::ptrdiff_t stride;
+
+  const std::uint16_t* at_position(int position) const {
+    if (position >= old_tokens) return added + (position - old_tokens) * stride;
+    if (position < sink_tokens) return sink + std::ptrdiff_t{position} * head_dim;
+    return ring + std::ptrdiff_t{(position - sink_tokens) % ring_tokens} * head_dim;
+  }
+  void gather(int first_position, int count, std::uint16_t* to) const {
+    for (int i = 0; i < count; ++i) std::memcpy(to + std::ptrdiff_t{i} * head_dim, at_position(first_position + i), sizeof(std::uint16_t) * innerkv::at(head_dim));
+  }
+};
+
+/// Statistics of the first tokens of a sequence: docs/format.md section 5.
+Basis online_basis(const LayerScheme& scheme, const TokenSource& keys) {
+  const int D = keys.head_dim;
+  Basis basis;
+  if (scheme.online_mean) {
+    basis.mean.assign(at(D), 0.0f);
+    for (int t = 0; t < scheme.stat_tokens; ++t)
+      for (int c = 0; c < D; ++c) basis.mean[at(c)] += half_value(keys.at_position(t)[c]);
+    for (float& mean : basis.mean) mean /= static_cast<float>(scheme.stat_tokens);
+  }
+  if (scheme.online_lambda) {
+    basis.lam.assign(at(D), 0.0f);
+    for (int t = 0; t < scheme.stat_tokens; ++t)
+      for (int c = 0; c < D; ++c) basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys.at_position(t)[c])));
+    for (float& lam : basis.lam) lam = std::max(std::sqrt(lam), 0x1p-10f);
+    for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
+  }
+  return basis;
+}
+
+}  // namespace
+
+void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v, int tokens) {
+  LayerState& state = checked(layer);
+  const CacheConfig& config = cache_->config();
+  const LayerScheme& scheme = config.scheme(layer);
+  const int heads = config.kv_heads, D = config.head_dim;
+  require(tokens >= 0, "The number of tokens must not be negative.");
+  require(tokens <= std::numeric_limits<int>::max() / 2 - state.tokens, "A sequence holds at most 2^30 tokens.");
+  if (tokens == 0) return;
+
+  Slot fresh_windows;
+  if (!state.windows) fresh_windows = cache_->pool().take(config.window_bytes(scheme));
+  const Reach reach = reach_after(state, scheme, tokens);
+  const PageLayout layout(scheme.k, scheme.v, D);
+
+  std::vector<TokenSource> key_source, value_source;
+  for (int head = 0; head < heads; ++head) {
+    const Windows w = windows(state, scheme, head);
+    const std::ptrdiff_t stride = std::ptrdiff_t{heads} * D;
+    key_source.push_back({w.sink_k, w.ring_k, k + std::ptrdiff_t{head} * D, reach.sink, scheme.ring_tokens(), state.tokens, D, stride});
+    value_source.push_back({w.sink_v, w.ring_v, v + std::ptrdiff_t{head} * D, reach.sink, scheme.ring_tokens(), state.tokens, D, stride});
+  }
+  std::shared_ptr<const std::vector<Basis>> online = state.online;
+  if (scheme.online() && !online && (reach.k > 0 || reach.v > 0)) {
+    auto made = std::make_shared<std::vector<Basis>>();
+    // released_windows quantises before the statistics are complete: then they come from what there is.
+    LayerScheme first = scheme;
+    first.stat_tokens = std::min(scheme.stat_tokens, state.tokens + tokens);
+    for (int head = 0; head < heads; ++head) made->push_back(online_basis(first, key_source[at(head)]));
+    online = std::move(made);
+  }
+
+  // Pages: take everything that may be needed before anything is written.
+  const int first_page = std::min(state.reach.k, state.reach.v) / kPageTokens, end_page = ceil_div(std::max(reach.k, reach.v), kPageTokens);
+  const bool writes = reach.k > state.reach.k || reach.v > state.reach.v;
+  std::vector<QuantiseJob> jobs;
+  std::vector<std::vector<std::shared_ptr<Page>>> pages(at(heads));
+  std::vector<std::uint16_t> gathered;
+  if (writes) {
+    gathered.resize(at(heads) * at(D) * at(reach.k - state.reach.k + reach.v - state.reach.v));
+    try {
+      std::uint16_t* next = gathered.data();
+      for (int head = 0; head < heads; ++head)
+        for (int page = first_page; page < end_page; ++page) {
+          const int begin = page * kPageTokens, end = begin + kPageTokens;
+          const int k_first = std::clamp(state.reach.k, begin, end), k_end = std::clamp(reach.k, begin, end);
+          const int v_first = std::clamp(state.reach.v, begin, end), v_end = std::clamp(reach.v, begin, end);
+          const auto& table = state.pages[at(head)];
+          std::shared_ptr<Page> held = page < static_cast<int>(table.size()) ? table[at(page)] : nullptr;
+          if (k_first == k_end && v_first == v_end) {
+            pages[at(head)].push_back(std::move(held));
+            continue;
+          }
+          const std::shared_ptr<Page> shared = held;
+          held.reset();
+          // `shared` is one extra holder besides the table.
+          std::shared_ptr<Page> own = shared && shared.use_count() == 2 ? shared : own_page(shared, scheme);
+          pages[at(head)].push_back(own);
+          own->k_zero_count = count_zeros(layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
+          own->v_zero_count = count_zeros(layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
+          reserve_extents(cache_->pool(), layout.k, own->k_zeros, own->k_zero_count, k_end - k_first);
+          reserve_extents(cache_->pool(), layout.v, own->v_zeros, own->v_zero_count, v_end - v_first);
+          QuantiseJob job{&scheme, online ? &(*online)[at(head)] : basis(state, scheme, head), own.get(), page, reach.sink, k_first - begin, k_end - k_first,
+                          v_first - begin, v_end - v_first, next, next + std::ptrdiff_t{k_end - k_first} * D};
+          key_source[at(head)].gather(reach.sink + k_first, k_end - k_first, next);
+          value_source[at(head)].gather(reach.sink + v_first, v_end - v_first, next + std::ptrdiff_t{k_end - k_first} * D);
+          next += std::ptrdiff_t{k_end - k_first + v_end - v_first} * D;
+          jobs.push_back(job);
+        }
+      for (auto& table : state.pages) table.reserve(at(end_page));
+    } catch (...) {
+      for (const auto& head_pages : pages)
+        for (const auto& page : head_pages)
+          if (page) give_back_extents(*page);
+      throw;
+    }
+  }
+
+  // From here on nothing fails.
+  if (fresh_windows) state.windows = std::move(fresh_windows);
+  for (const QuantiseJob& job : jobs) clear_removed(*job.page, job.k_first, job.k_count);
+  cache_->backend().quantise(config, jobs, cache_->rotations());
+  for (const QuantiseJob& job : jobs) give_back_extents(*job.page);
+  for (int head = 0; head < heads && writes; ++head) {
+    auto& table = state.pages[at(head)];
+    table.resize(at(std::max(end_page, static_cast<int>(table.size()))));
+    for (int page = first_page; page < end_page; ++page) table[at(page)] = std::move(pages[at(head)][at(page - first_page)]);
+  }
+  state.online = std::move(online);
+
+  const int total = state.tokens + tokens, ring = scheme.ring_tokens();
+  const std::size_t row_bytes = sizeof(std::uint16_t) * at(D);
+  for (int head = 0; head < heads; ++head) {
+    const Windows w = windows(state, scheme, head);
+    for (int position = state.tokens; position < std::min(total, reach.sink); ++position) {
+      cache_->backend().copy_memory(w.sink_k + std::ptrdiff_t{position} * D, key_source[at(head)].at_position(position), row_bytes);
+      cache_->backend().copy_memory(w.sink_v + std::ptrdiff_t{position} * D, value_source[at(head)].at_position(position), row_bytes);
+    }
+    const auto keep = [&](std::uint16_t* to, const TokenSource& source, int reached) {
+      for (int position = std::max(state.tokens, reach.sink + reached); position < total; ++position)
+        cache_->backend().copy_memory(to + std::ptrdiff_t{(position - reach.sink) % ring} * D, source.at_position(position), row_bytes);
+    };
+    keep(w.ring_k, key_source[at(head)], reach.k);
+    keep(w.ring_v, value_source[at(head)], reach.v);
+  }
+  state.tokens = total;
+  state.reach = reach;
+}
+
+void Sequence::truncate(int tokens) {
+  require(tokens >= 0, "A sequence cannot be truncated to fewer than 0 tokens.");
+  for (int layer = 0; layer < cache_->config().layers; ++layer) truncate_layer(layers_[at(layer)], cache_->config().scheme(layer), tokens);
+}
+
+void Sequence::truncate_layer(LayerState& state, const LayerScheme& scheme, int tokens) {
+  if (tokens >= state.tokens) return;
+  const CacheConfig& config = cache_->config();
+  const int D = config.head_dim, body = std::max(0, tokens - state.reach.sink), flush = scheme.v.flush_tokens();
+  Reach reach = state.reach;
+  reach.k = std::min(reach.k, body);
+  if (reach.v > body) {
+    reach.v = body / flush * flush;
+    // Values that shared their scales with truncated tokens go back to the 16-bit window as what they decode to.
+    if (reach.v < body) {
+      std::vector<float> k(at(kPageTokens * D)), v(at(kPageTokens * D));
+      const int page = reach.v / kPageTokens, first = reach.v % kPageTokens;
+      for (int head = 0; head < config.kv_heads; ++head) {
+        Page* held = state.pages[at(head)][at(page)].get();
+        cache_->backend().decode(config, {&scheme, basis(state, scheme, head), held, page, state.reach.sink, 0, 0, 0, std::min(first + flush, kPageTokens)},
+                                 cache_->rotations(), k.data(), v.data());
+        std::uint16_t* ring = windows(state, scheme, head).ring_v;
+        for (int t = reach.v; t < body; ++t)
+          for (int c = 0; c < D; ++c) ring[std::ptrdiff_t{t % scheme.ring_tokens()} * D + c] = half_bits(v[at((t % kPageTokens) * D + c)]);
+      }
+    }
+  }
+  state.removed = 0;
+  for (auto& table : state.pages) {
+    table.resize(at(ceil_div(std::max(reach.k, reach.v), kPageTokens)));
+    for (std::size_t i = 0; i < table.size(); ++i) {
+      const int stored = std::min(kPageTokens, reach.k - static_cast<int>(i) * kPageTokens);
+      for (int slot = 0; slot < stored; ++slot) state.removed += !table[i] || table[i]->is_removed(slot);
+    }
+  }
+  if (reach.k == 0 && reach.v == 0) state.online.reset();
+  state.tokens = tokens;
+  state.reach = tokens == 0 ? Reach{} : reach;
+}
+
+std::unique_ptr<Sequence> Sequence::fork() const {
+  auto copy = std::make_unique<Sequence>(cache_);
+  for (int layer = 0; layer < cache_->config().layers; ++layer) {
+    const LayerState& from = layers_[at(layer)];
+    LayerState& to = copy->layers_[at(layer)];
+    const std::size_t bytes = cache_->config().window_bytes(cache_->config().scheme(layer));
+    to.tokens = from.tokens;
+    to.reach = from.reach;
+    to.pages = from.pages;
+    to.online = from.online;
+    to.removed = from.removed;
+    if (!from.windows) continue;
+    to.windows = cache_->pool().take(bytes);
+    cache_->backend().copy_memory(to.windows.data(), from.windows.data(), bytes);
+  }
+  return copy;
+}
+
+int Sequence::stored_token(const LayerState& state, const LayerScheme& scheme, int position) const {
+  if (!scheme.per_token() || scheme.k.compact_zeros() || scheme.v.compact_zeros())
+    throw Error(ErrorCode::kUnsupported, "Single tokens can be replaced or removed only in schemes whose tokens do not share scales or zero points.");
+  const int token = position - state.reach.sink;
+  if (token < 0 || token >= std::min(state.reach.k, state.reach.v))
+    throw Error(ErrorCode::kInvalidArgument, "Position " + std::to_string(position) + " is not a quantised token: quantised are " + std::to_string(state.reach.sink) + " to " +
+                                                 std::to_string(state.reach.sink + std::min(state.reach.k, state.reach.v) - 1) + " (none if that is empty); windows are protected.");
+  return token;
+}
+
+void Sequence::replace(int layer, int position, const std::uint16_t* k, const std::uint16_t* v) {
+  LayerState& state = checked(layer);
+  const CacheConfig& config = cache_->config();
+  const LayerScheme& scheme = config.scheme(layer);
+  const int token = stored_token(state, scheme, position), page = token / kPageTokens, slot = token % kPageTokens;
+  std::vector<std::shared_ptr<Page>> own;
+  std::vector<QuantiseJob> jobs;
+  for (int head = 0; head < config.kv_heads; ++head) {
+    const auto& held = state.pages[at(head)][at(page)];
+    if (!held || held->is_removed(slot))
+      throw Error(ErrorCode::kInvalidArgument, "Position " + std::to_string(position) + " was removed from head " + std::to_string(head) + " and cannot be replaced.");
+    own.push_back(own_page(held, scheme));
+    const std::ptrdiff_t offset = std::ptrdiff_t{head} * config.head_dim;
+    jobs.push_back({&scheme, basis(state, scheme, head), own.back().get(), page, state.reach.sink, slot, 1, slot, 1, k + offset, v + offset});
+  }
+  cache_->backend().quantise(config, jobs, cache_->rotations());
+  for (int head = 0; head < config.kv_heads; ++head) state.pages[at(head)][at(page)] = std::move(own[at(head)]);
+}
+
+void Sequence::remove(int layer, int head, std::span<const int> positions) {
+  LayerState& state = checked(layer);
+  const CacheConfig& config = cache_->config();
+  const LayerScheme& scheme = config.scheme(layer);
+  require(head >= -1 && head < config.kv_heads, "No such KV head.");
+  std::vector<int> tokens;
+  for (const int position : positions) tokens.push_back(stored_token(state, scheme, position));
+  std::sort(tokens.begin(), tokens.end());
+  const int first = head < 0 ? 0 : head, end = head < 0 ? config.kv_heads : head + 1;
+  struct Change {
+    int head, page;
+    std::shared_ptr<Page> own;
+    std::size_t removed = 0;
+  };
+  std::vector<Change> changes;  // bits are set on commit, so that a failure leaves shared and own pages alike untouched
+  for (int h = first; h < end; ++h)
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      const int page = tokens[i] / kPageTokens;
+      if (i > 0 && page == tokens[i - 1] / kPageTokens) continue;
+      const auto& held = state.pages[at(h)][at(page)];
+      if (held) changes.push_back({h, page, own_page(held, scheme)});
+    }
+  for (Change& change : changes) {
+    Page& page = *change.own;
+    for (const int token : tokens)
+      if (token / kPageTokens == change.page && !page.is_removed(token % kPageTokens)) {
+        page.removed[token % kPageTokens / 64] |= std::uint64_t{1} << (token % 64);
+        ++state.removed;
+      }
+    const bool full = std::min(state.reach.k, state.reach.v) >= (change.page + 1) * kPageTokens;
+    const bool empty = full && ~page.removed[0] == 0 && ~page.removed[1] == 0;
+    state.pages[at(change.head)][at(change.page)] = empty ? nullptr : std::move(change.own);
+  }
+}
+
+HeadView Sequence::view(int layer, int head) const {
+  const LayerState& state = layer_state(layer);
+  const LayerScheme& scheme = cache_->config().scheme(layer);
+  const Windows w = windows(state, scheme, head);
+  return {&scheme, basis(state, scheme, head), state.pages[at(head)].data(), state.tokens, std::min(state.tokens, state.reach.sink), state.reach.k, state.reach.v,
+          w.sink_k, w.sink_v, w.ring_k, w.ring_v, scheme.ring_tokens()};
+}
+
+void Sequence::read_back(int layer, int head, float* k, float* v) const {
+  const LayerState& state = layer_state(layer);
+  const CacheConfig& config = cache_->config();
+  require(head >= 0 && head < config.kv_heads, "No such KV head.");
+  const LayerScheme& scheme = config.scheme(layer);
+  const HeadView view = this->view(layer, head);
+  const int D = config.head_dim;
+  std::vector<float> page_k(at(kPageTokens * D)), page_v(at(kPageTokens * D));
+  for (int t = 0; t < state.tokens; ++t) {
+    const int token = t - view.sink;
+    float *to_k = k + std::ptrdiff_t{t} * D, *to_v = v + std::ptrdiff_t{t} * D;
+    const auto from_half = [&](const std::uint16_t* from, float* to) {
+      for (int c = 0; c < D; ++c) to[c] = half_value(from[c]);
+    };
+    if (token < 0) {
+      from_half(view.sink_k + std::ptrdiff_t{t} * D, to_k);
+      from_half(view.sink_v + std::ptrdiff_t{t} * D, to_v);
+      continue;
+    }
+    const int slot = token % kPageTokens, page = token / kPageTokens;
+    Page* held = token < std::max(view.k_quantised, view.v_quantised) ? view.pages[page].get() : nullptr;
+    if (slot == 0 && held) {
+      const auto slots = [&](int quantised) { return std::clamp(quantised - token, 0, kPageTokens); };
+      cache_->backend().decode(config, {&scheme, view.basis, held, page, view.sink, 0, slots(view.k_quantised), 0, slots(view.v_quantised)}, cache_->rotations(),
+                               page_k.data(), page_v.data());
+    }
+    const std::ptrdiff_t row = std::ptrdiff_t{token % view.ring} * D;
+    if (token >= view.k_quantised) from_half(view.ring_k + row, to_k);
+    else std::memcpy(to_k, page_k.data() + slot * D, sizeof(float) * at(D));
+    if (token >= view.v_quantised) from_half(view.ring_v + row, to_v);
+    else std::memcpy(to_v, page_v.data() + slot * D, sizeof(float) * at(D));
+    if (token < view.k_quantised && (!held || held->is_removed(slot))) {
+      std::fill_n(to_k, D, std::numeric_limits<float>::quiet_NaN());
+      std::fill_n(to_v, D, std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+}
+
+void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal) {
+  const int tokens = sequence.tokens(layer);
+  require(q_tokens >= 1, "Attention needs at least one query token.");
+  if (causal && q_tokens > tokens)
+    throw Error(ErrorCode::kInvalidArgument, std::to_string(q_tokens) + " query tokens, but layer " + std::to_string(layer) + " holds only " + std::to_string(tokens) +
+                                                 " tokens. Append the tokens of the queries first, or pass causal: false.");
+}
+
+bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal, const std::atomic<bool>* aborted) {
+  const CacheConfig& config = cache.config();
+  std::vector<HeadView> views;
+  views.reserve(items.size() * at(config.kv_heads));
+  std::vector<AttendRequest> requests;
+  for (const BatchItem& item : items) {
+    require(&item.sequence->cache() == &cache, "A sequence of another cache.");
+    check_attend(*item.sequence, layer, item.q_tokens, causal);
+    const std::size_t first = views.size();
+    for (int head = 0; head < config.kv_heads; ++head) views.push_back(item.sequence->view(layer, head));
+    requests.push_back({std::span(views).subspan(first, at(config.kv_heads)), item.q, item.out, item.lse, item.logits, item.q_tokens, config.window_of_layer[at(layer)], causal});
+  }
+  return cache.backend().attend(config, requests, cache.rotations(), aborted);
+}
+
+}  // namespace innerkv

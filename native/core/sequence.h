@@ -1,0 +1,86 @@
+// One sequence: per layer a sink window, a ring of recent tokens, and page tables per KV head.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cache.h"
+
+namespace innerkv {
+
+/// How far the windows reach: token indices below `k` (`v`) are quantised. Position = sink + token index.
+struct Reach {
+  int sink = 0, k = 0, v = 0;
+  bool operator==(const Reach&) const = default;
+};
+
+struct LayerState {
+  int tokens = 0;
+  Reach reach;
+  Slot windows;                                            // empty until the first append
+  std::vector<std::vector<std::shared_ptr<Page>>> pages;   // [kv_heads][pages]
+  std::shared_ptr<const std::vector<Basis>> online;        // statistics of the sequence's own first tokens
+  std::size_t removed = 0;                                 // tokens removed by hand, over all heads
+};
+
+/// One layer of one sequence in attendBatch.
+struct BatchItem {
+  const Sequence* sequence;
+  const float* q;
+  float* out;
+  float* lse;
+  float* logits;
+  int q_tokens;
+};
+
+class Sequence {
+ public:
+  explicit Sequence(std::shared_ptr<Cache> cache);
+
+  Cache& cache() const { return *cache_; }
+  int tokens(int layer) const { return layer_state(layer).tokens; }
+  const LayerState& layer_state(int layer) const;
+
+  /// k, v: [tokens][kv_heads][D] binary16 bits, finite.
+  void append(int layer, const std::uint16_t* k, const std::uint16_t* v, int tokens);
+  /// Keeps the first `tokens` tokens of every layer that has more.
+  void truncate(int tokens);
+  std::unique_ptr<Sequence> fork() const;
+  /// Requantises one stored token in all heads. k, v: [kv_heads][D] binary16 bits.
+  void replace(int layer, int position, const std::uint16_t* k, const std::uint16_t* v);
+  /// Forgets stored tokens of one head (or of all, head = -1). Pages with nothing left are given back.
+  void remove(int layer, int head, std::span<const int> positions);
+
+  HeadView view(int layer, int head) const;
+  /// Decodes token positions [0, tokens) of one head to float32, windows included: k, v [tokens][D]. Removed tokens are NaN.
+  void read_back(int layer, int head, float* k, float* v) const;
+
+ private:
+  friend class SequenceWriter;
+  friend class SequenceReader;
+
+  struct Windows {
+    std::uint16_t *sink_k, *sink_v, *ring_k, *ring_v;
+  };
+  Windows windows(const LayerState& state, const LayerScheme& scheme, int head) const;
+  Reach reach_after(const LayerState& state, const LayerScheme& scheme, int added) const;
+  const Basis* basis(const LayerState& state, const LayerScheme& scheme, int head) const;
+  std::shared_ptr<Page> own_page(const std::shared_ptr<Page>& page, const LayerScheme& scheme) const;
+  std::size_t page_bytes(const LayerScheme& scheme) const;
+  LayerState& checked(int layer);
+  int stored_token(const LayerState& state, const LayerScheme& scheme, int position) const;
+  void truncate_layer(LayerState& state, const LayerScheme& scheme, int tokens);
+
+  std::shared_ptr<Cache> cache_;
+  std::vector<LayerState> layers_;
+};
+
+/// Attention of one layer for several sequences of one cache in one pass. Returns false when aborted.
+bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal, const std::atomic<bool>* aborted);
+
+/// Throws unless the item may attend: known layer, enough tokens for the queries.
+void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal);
+
+}  // namespace innerkv
