@@ -1,0 +1,406 @@
+// Attention over pages and 16-bit windows, computed from the packed bits.
+//
+// A task is up to kMaxRows query rows of one KV head against a run of pages; its result is a softmax state (maximum,
+// sum, output) and states are merged by log-sum-exp. Runs have a fixed length, so results do not depend on the number
+// of threads. Inside a page: queries and probabilities become 16-bit integers, codes stay integers, scales are applied
+// to the sums. Logits are in base 2 throughout.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu_backend.h"
+
+namespace innerkv {
+
+namespace {
+constexpr int kRunPages = 32;
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int kMaxGroups = kMaxHeadDim / 32;
+constexpr int kMaxScales = kPageTokens * kMaxGroups;
+}  // namespace
+
+struct AttendScratch {
+  alignas(64) std::uint8_t codes[kPageTokens * kMaxHeadDim];
+  alignas(64) float q[kMaxRows * kMaxHeadDim];
+  alignas(64) std::int8_t q_hi[kMaxRows * kMaxHeadDim], q_lo[kMaxRows * kMaxHeadDim];
+  alignas(64) std::int8_t p_hi[kMaxRows * kPageTokens], p_lo[kMaxRows * kPageTokens];
+  alignas(64) std::int32_t sums[kMaxRows * kMaxHeadDim];
+  alignas(64) float scores[kMaxRows * kPageTokens];
+  alignas(64) float scale[kMaxScales], offset[kMaxScales], weights[kPageTokens];
+  float q_step[kMaxRows], q_constant[kMaxRows];
+  std::int32_t q_total[kMaxRows][kMaxGroups];
+};
+
+namespace {
+
+struct Task {
+  const AttendRequest* request;
+  int head, first_row, rows, first_tile, end_tile;
+  bool windows;       // this task also does the sink tokens
+  float* state;       // maximum [rows], sum [rows], output in the stored basis [rows][D], in the raw basis [rows][D]
+};
+
+/// Scales of a page in float32, one per (group, slot) or (sub-block, channel), and offsets where the mode needs them.
+struct PageScales {
+  const float* scale;
+  const float* offset;  // nullptr: centred modes
+  int center2;          // twice the code that means zero, for centred modes
+};
+
+PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const std::uint8_t* base, const std::vector<Slot>& extents,
+                       int slots, float* scale, float* offset) {
+  const TensorSpec& spec = layout.spec;
+  const auto* stored = reinterpret_cast<const std::uint16_t*>(base + layout.scales_at());
+  const int count = layout.scales();
+  if (!spec.compact_zeros()) {
+    kernels.half_to_float(stored, scale, static_cast<std::size_t>(count));
+    if (!spec.dense_zeros()) return {scale, nullptr, spec.mode == Mode::kMidRise ? spec.levels() - 1 : spec.levels()};
+    kernels.half_to_float(reinterpret_cast<const std::uint16_t*>(base + layout.zeros_at()), offset, static_cast<std::size_t>(count));
+    return {scale, offset, 0};
+  }
+  const int span = spec.group == Group::kTokens32 ? kBlockTokens32 : 1;
+  int zeros = 0;
+  for (int slot = 0; slot < slots; slot += span)
+    for (int g = 0; g < layout.groups(); ++g) {
+      const int index = layout.scale_index(slot, g);
+      std::uint16_t zero = 0;
+      if (stored[index] & 0x8000u) {
+        zero = reinterpret_cast<const std::uint16_t*>(extents[static_cast<std::size_t>(zeros / kZeroExtent)].data())[zeros % kZeroExtent];
+        ++zeros;
+      }
+      const Dequantiser map = dequantiser(spec.bits, spec.mode, stored[index], zero);
+      scale[index] = map.scale;
+      offset[index] = map.offset;
+    }
+  return {scale, offset, 0};
+}
+
+class HeadAttention {
+ public:
+  HeadAttention(const Kernels& kernels, const CacheConfig& config, const Task& task, const RotationTable& rotations, AttendScratch& scratch)
+      : kernels_(kernels), config_(config), task_(task), request_(*task.request), head_(task.request->heads[static_cast<std::size_t>(task.head)]),
+        scheme_(*head_.scheme), rotations_(rotations), s_(scratch), D_(config.head_dim), group_(config.group_size()),
+        layout_(scheme_.k, scheme_.v, D_) {
+    for (int r = 0; r < task_.rows; ++r) {
+      const float* from = request_.q + (std::ptrdiff_t{query_token(r)} * config.query_heads + query_head(r)) * D_;
+      const float factor = config.softmax_scale * kLog2e;
+      for (int c = 0; c < D_; ++c) s_.q[r * D_ + c] = from[c] * factor;
+    }
+    std::fill_n(task_.state, task_.rows, kNone);
+    std::fill_n(task_.state + task_.rows, task_.rows * (1 + 2 * D_), 0.0f);
+  }
+
+  void run() {
+    if (task_.windows && head_.sink > 0) sink_tile();
+    for (int tile = task_.first_tile; tile < task_.end_tile; ++tile) page_tile(tile);
+  }
+
+ private:
+  int query_token(int r) const { return (task_.first_row + r) / group_; }
+  int query_head(int r) const { return task_.head * group_ + (task_.first_row + r) % group_; }
+  float* stored_out(int r) const { return task_.state + 2 * task_.rows + r * D_; }
+  float* raw_out(int r) const { return stored_out(task_.rows + r); }
+  int query_position(int r) const { return request_.causal ? head_.tokens - request_.q_tokens + query_token(r) : head_.tokens - 1; }
+
+  /// Positions [first, last) that row r may see.
+  int first_visible(int r) const { return request_.sliding_window > 0 ? std::max(0, query_position(r) + 1 - request_.sliding_window) : 0; }
+  int end_visible(int r) const { return query_position(r) + 1; }
+
+  void raw_rows(const std::uint16_t* k, int count, int at) {
+    kernels_.raw_scores_half(k, D_, count, D_, s_.q, task_.rows, s_.scores + at, kPageTokens);
+  }
+
+  void sink_tile() {
+    for (int begin = 0; begin < head_.sink; begin += kPageTokens) {
+      const int count = std::min(kPageTokens, head_.sink - begin);
+      if (nothing_visible(begin, count)) {
+        hide_logits(begin, count);
+        continue;
+      }
+      raw_rows(head_.sink_k + std::ptrdiff_t{begin} * D_, count, 0);
+      finish_scores(begin, count);
+      for (int r = 0; r < task_.rows; ++r) update_softmax(r, count);
+      accumulate_raw(head_.sink_v + std::ptrdiff_t{begin} * D_, 0, count);
+    }
+  }
+
+  bool nothing_visible(int position, int count) const {
+    for (int r = 0; r < task_.rows; ++r)
+      if (position < end_visible(r) && position + count > first_visible(r)) return false;
+    return true;
+  }
+
+  void page_tile(int tile) {
+    const int first = tile * kPageTokens;  // token index
+    const int count = std::min(kPageTokens, head_.tokens - head_.sink - first);
+    if (nothing_visible(head_.sink + first, count)) return hide_logits(head_.sink + first, count);
+    const int k_stored = std::clamp(head_.k_quantised - first, 0, count), v_stored = std::clamp(head_.v_quantised - first, 0, count);
+    const Page* page = k_stored > 0 || v_stored > 0 ? head_.pages[tile].get() : nullptr;
+    if (k_stored > 0) {
+      if (page)
+        stored_scores(*page, tile, k_stored);
+      else
+        for (int r = 0; r < task_.rows; ++r) std::fill_n(s_.scores + r * kPageTokens, k_stored, kNone);
+    }
+    for (int slot = k_stored; slot < count;) {
+      const int row = (first + slot) % head_.ring, run = std::min(count - slot, head_.ring - row);
+      raw_rows(head_.ring_k + std::ptrdiff_t{row} * D_, run, slot);
+      slot += run;
+    }
+    if (page && (page->removed[0] | page->removed[1]))
+      for (int slot = 0; slot < k_stored; ++slot)
+        if (page->is_removed(slot))
+          for (int r = 0; r < task_.rows; ++r) s_.scores[r * kPageTokens + slot] = kNone;
+    finish_scores(head_.sink + first, count);
+    for (int r = 0; r < task_.rows; ++r) update_softmax(r, count);
+    if (page && v_stored > 0) stored_values(*page, v_stored);
+    for (int slot = v_stored; slot < count;) {
+      const int row = (first + slot) % head_.ring, run = std::min(count - slot, head_.ring - row);
+      accumulate_raw(head_.ring_v + std::ptrdiff_t{row} * D_, slot, run);
+      slot += run;
+    }
+  }
+
+  /// Queries in the basis of the stored keys, as integers. Made anew only when the block changes.
+  void prepare_queries(int tile) {
+    const std::int64_t block = scheme_.block_tokens > 0 ? block_position(head_.sink, scheme_.block_tokens, tile * kPageTokens) : 0;
+    if (block == prepared_) return;
+    prepared_ = block;
+    const Rotation* rotation = scheme_.block_tokens > 0 ? &rotations_.at(block) : nullptr;
+    const auto part = [&](const std::vector<float> Basis::*member) { return head_.basis && !(head_.basis->*member).empty() ? (head_.basis->*member).data() : nullptr; };
+    QueryArgs args{};
+    args.head_dim = D_;
+    args.cos = rotation ? rotation->cos.data() : nullptr;
+    args.sin = rotation ? rotation->sin.data() : nullptr;
+    args.pairs = static_cast<int>(rotations_.rope().theta.size());
+    args.half_layout = rotations_.rope().half_layout;
+    args.mean = part(&Basis::mean);
+    args.lam = part(&Basis::lam);
+    args.hadamard = scheme_.hadamard_k;
+    args.group = group_channels(layout_.k.spec.group, D_);
+    for (int r = 0; r < task_.rows; ++r) {
+      args.q = s_.q + r * D_;
+      args.hi = s_.q_hi + r * D_;
+      args.lo = s_.q_lo + r * D_;
+      args.totals = s_.q_total[r];
+      kernels_.prepare_query(args);
+      s_.q_step[r] = args.step;
+      s_.q_constant[r] = args.constant;
+    }
+  }
+
+  static std::int32_t total(const std::int8_t* hi, const std::int8_t* lo, int begin, int end) {
+    std::int32_t high = 0, low = 0;
+    for (int i = begin; i < end; ++i) {
+      high += hi[i];
+      low += lo[i];
+    }
+    return 256 * high + low;
+  }
+
+  void stored_scores(const Page& page, int tile, int stored) {
+    const TensorLayout& layout = layout_.k;
+    const std::uint8_t* base = page.bytes.data() + layout_.k_at();
+    if (layout.spec.raw()) return raw_rows(reinterpret_cast<const std::uint16_t*>(base), stored, 0);
+    prepare_queries(tile);
+    const PageScales scales = load_scales(kernels_, layout, base, page.k_zeros, stored, s_.scale, s_.offset);
+    kernels_.unpack(layout.codes(), base, s_.codes);
+    for (int r = 0; r < task_.rows; ++r) std::fill_n(s_.scores + r * kPageTokens, stored, s_.q_constant[r]);
+    for (int g = 0; g < layout.groups(); ++g) {
+      const int begin = layout.group_begin(g);
+      kernels_.dot({s_.codes + std::ptrdiff_t{begin} * kPageTokens, kPageTokens, (layout.group_end(g) - begin) / 4, layout.spec.bits, 0,
+                    (stored + 15) / 16 * 16, s_.q_hi + begin, s_.q_lo + begin, D_, task_.rows, s_.sums});
+      for (int r = 0; r < task_.rows; ++r)
+        kernels_.add_scores(s_.sums + r * kPageTokens, stored, scales.scale + g * kPageTokens, scales.offset ? scales.offset + g * kPageTokens : nullptr,
+                            s_.q_step[r], s_.q_total[r][g], scales.center2, s_.scores + r * kPageTokens);
+    }
+  }
+
+  void hide_logits(int position, int count) {
+    if (!request_.logits) return;
+    for (int r = 0; r < task_.rows; ++r) std::fill_n(logits_row(r) + position, count, kNone);
+  }
+
+  float* logits_row(int r) const {
+    return request_.logits + (std::ptrdiff_t{query_token(r)} * config_.query_heads + query_head(r)) * head_.tokens;
+  }
+
+  /// Softcap, masks and the optional output of logits, for positions position ... position + count - 1.
+  void finish_scores(int position, int count) {
+    for (int r = 0; r < task_.rows; ++r) {
+      float* scores = s_.scores + r * kPageTokens;
+      if (config_.softcap > 0)
+        for (int i = 0; i < count; ++i) scores[i] = kLog2e * config_.softcap * std::tanh(scores[i] * kLn2 / config_.softcap);
+      const int hidden_before = std::clamp(first_visible(r) - position, 0, count), hidden_from = std::clamp(end_visible(r) - position, 0, count);
+      std::fill(scores, scores + hidden_before, kNone);
+      std::fill(scores + hidden_from, scores + count, kNone);
+      if (request_.logits)
+        for (int i = 0; i < count; ++i) logits_row(r)[position + i] = scores[i] * kLn2;
+    }
+  }
+
+  void update_softmax(int r, int count) {
+    float &largest = task_.state[r], &sum = task_.state[task_.rows + r];
+    SoftmaxArgs args{s_.scores + r * kPageTokens, count, largest, sum, 1.0f};
+    kernels_.softmax(args);
+    largest = args.running_max;
+    sum = args.running_sum;
+    if (args.rescale == 1.0f) return;
+    kernels_.scale_by(stored_out(r), D_, args.rescale);
+    kernels_.scale_by(raw_out(r), D_, args.rescale);
+  }
+
+  void accumulate_raw(const std::uint16_t* v, int slot, int count) {
+    kernels_.raw_accumulate_half(v, D_, count, D_, s_.scores + slot, task_.rows, kPageTokens, raw_out(0));
+  }
+
+  void stored_values(const Page& page, int stored) {
+    const TensorLayout& layout = layout_.v;
+    const std::uint8_t* base = page.bytes.data() + layout_.v_at();
+    if (layout.spec.raw()) {
+      kernels_.raw_accumulate_half(reinterpret_cast<const std::uint16_t*>(base), D_, stored, D_, s_.scores, task_.rows, kPageTokens, stored_out(0));
+      return;
+    }
+    const PageScales scales = load_scales(kernels_, layout, base, page.v_zeros, stored, s_.scale, s_.offset);
+    kernels_.unpack(layout.codes(), base, s_.codes);
+    if (layout.spec.group == Group::kTokens32)
+      block_values(scales, stored);
+    else
+      token_values(scales, stored);
+  }
+
+  /// One scale per token (or per token and channel group): it is folded into the probability.
+  void token_values(const PageScales& scales, int stored) {
+    const TensorLayout& layout = layout_.v;
+    for (int g = 0; g < layout.groups(); ++g) {
+      const int begin = layout.group_begin(g), end = layout.group_end(g);
+      const float* scale = scales.scale + g * kPageTokens;
+      float step[kMaxRows];
+      std::int32_t sum_of_weights[kMaxRows];
+      for (int r = 0; r < task_.rows; ++r) {
+        kernels_.multiply(s_.scores + r * kPageTokens, scale, stored, s_.weights);
+        std::fill(s_.weights + stored, s_.weights + kPageTokens, 0.0f);
+        std::int8_t *hi = s_.p_hi + r * kPageTokens, *lo = s_.p_lo + r * kPageTokens;
+        step[r] = kernels_.split(s_.weights, kPageTokens, hi, lo, &sum_of_weights[r]);
+      }
+      kernels_.dot({s_.codes, D_, kPageTokens / 4, layout.spec.bits, begin, end, s_.p_hi, s_.p_lo, kPageTokens, task_.rows, s_.sums});
+      for (int r = 0; r < task_.rows; ++r) {
+        float* acc = stored_out(r) + begin;
+        kernels_.add_values(s_.sums + r * D_ + begin, end - begin, nullptr, step[r], sum_of_weights[r], scales.center2, acc);
+        if (!scales.offset) continue;
+        float shift = 0;
+        for (int i = 0; i < stored; ++i) shift += s_.scores[r * kPageTokens + i] * scales.offset[g * kPageTokens + i];
+        for (int c = 0; c < end - begin; ++c) acc[c] += shift;
+      }
+    }
+  }
+
+  /// InnerQ values: a scale per channel for each 32 tokens, applied to the finished sum of those tokens.
+  void block_values(const PageScales& scales, int stored) {
+    float step[kMaxRows];
+    std::int32_t whole = 0;  // per 32 tokens below
+    for (int r = 0; r < task_.rows; ++r) {
+      std::memcpy(s_.weights, s_.scores + r * kPageTokens, sizeof(float) * static_cast<std::size_t>(stored));
+      std::fill(s_.weights + stored, s_.weights + kPageTokens, 0.0f);
+      step[r] = kernels_.split(s_.weights, kPageTokens, s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens, &whole);
+    }
+    for (int first = 0; first < stored; first += kBlockTokens32) {
+      kernels_.dot({s_.codes + std::ptrdiff_t{first} * D_, D_, kBlockTokens32 / 4, layout_.v.spec.bits, 0, D_, s_.p_hi + first, s_.p_lo + first, kPageTokens,
+                    task_.rows, s_.sums});
+      const int at = first / kBlockTokens32 * D_;
+      for (int r = 0; r < task_.rows; ++r) {
+        const std::int32_t weights = total(s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens, first, first + kBlockTokens32);
+        float* acc = stored_out(r);
+        kernels_.add_values(s_.sums + r * D_, D_, scales.scale + at, step[r], weights, scales.center2, acc);
+        if (!scales.offset) continue;
+        const float mass = step[r] * static_cast<float>(weights);
+        for (int c = 0; c < D_; ++c) acc[c] += mass * scales.offset[at + c];
+      }
+    }
+  }
+
+  const Kernels& kernels_;
+  const CacheConfig& config_;
+  const Task& task_;
+  const AttendRequest& request_;
+  const HeadView& head_;
+  const LayerScheme& scheme_;
+  const RotationTable& rotations_;
+  AttendScratch& s_;
+  const int D_, group_;
+  const PageLayout layout_;
+  std::int64_t prepared_ = -1;
+};
+
+}  // namespace
+
+CpuBackend::CpuBackend(int threads, const char* isa) : kernels_(select_kernels(isa)), pool_(threads) {
+  for (int i = 0; i < pool_.threads(); ++i) scratch_.push_back(std::make_unique<AttendScratch>());
+}
+
+CpuBackend::~CpuBackend() = default;
+
+bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest> requests, const RotationTable& rotations,
+                        const std::atomic<bool>* aborted) {
+  const int D = config.head_dim;
+  const std::size_t row_floats = static_cast<std::size_t>(2 + 2 * D);
+  std::vector<Task> tasks;
+  std::size_t rows_in_all = 0;
+  for (const AttendRequest& request : requests)
+    for (int head = 0; head < config.kv_heads; ++head) {
+      const HeadView& view = request.heads[static_cast<std::size_t>(head)];
+      const int tiles = std::max(0, view.tokens - view.sink + kPageTokens - 1) / kPageTokens, runs = std::max(1, (tiles + kRunPages - 1) / kRunPages);
+      const int rows = request.q_tokens * config.group_size();
+      for (int first = 0; first < rows; first += kMaxRows)
+        for (int run = 0; run < runs; ++run) {
+          const int count = std::min(kMaxRows, rows - first);
+          tasks.push_back({&request, head, first, count, run * kRunPages, std::min(tiles, (run + 1) * kRunPages), run == 0, nullptr});
+          rows_in_all += static_cast<std::size_t>(count);
+        }
+    }
+  std::vector<float> states(rows_in_all * row_floats);
+  float* next = states.data();
+  for (Task& task : tasks) {
+    task.state = next;
+    next += static_cast<std::size_t>(task.rows) * row_floats;
+  }
+  const auto stopped = [&] { return aborted && aborted->load(std::memory_order_relaxed); };
+  pool_.run(static_cast<int>(tasks.size()), [&](int item, int thread) {
+    if (!stopped()) HeadAttention(kernels_, config, tasks[static_cast<std::size_t>(item)], rotations, *scratch_[static_cast<std::size_t>(thread)]).run();
+  });
+  if (stopped()) return false;
+
+  // Merge the runs of each row, undo the values' Hadamard once, divide by the sum. Runs of a row block are neighbours.
+  const int group = config.group_size();
+  for (std::size_t begin = 0; begin < tasks.size();) {
+    const Task& lead = tasks[begin];
+    std::size_t end = begin + 1;
+    while (end < tasks.size() && !tasks[end].windows) ++end;
+    const LayerScheme& scheme = *lead.request->heads[static_cast<std::size_t>(lead.head)].scheme;
+    for (int r = 0; r < lead.rows; ++r) {
+      float largest = kNone;
+      for (std::size_t t = begin; t < end; ++t) largest = std::max(largest, tasks[t].state[r]);
+      float stored[kMaxHeadDim] = {}, raw[kMaxHeadDim] = {};
+      float sum = 0;
+      for (std::size_t t = begin; t < end && largest != kNone; ++t) {
+        const float* state = tasks[t].state;
+        const float factor = std::exp2(state[r] - largest);
+        sum += factor * state[lead.rows + r];
+        for (int c = 0; c < D; ++c) {
+          stored[c] += factor * state[2 * lead.rows + r * D + c];
+          raw[c] += factor * state[2 * lead.rows + (lead.rows + r) * D + c];
+        }
+      }
+      if (scheme.hadamard_v && !scheme.v.raw()) kernels_.hadamard(stored, D);
+      const std::ptrdiff_t row = std::ptrdiff_t{(lead.first_row + r) / group} * config.query_heads + lead.head * group + (lead.first_row + r) % group;
+      for (int c = 0; c < D; ++c) lead.request->out[row * D + c] = sum > 0 ? (stored[c] + raw[c]) / sum : 0.0f;
+      if (lead.request->lse) lead.request->lse[row] = sum > 0 ? (largest + std::log2(sum)) * kLn2 : kNone;
+    }
+    begin = end;
+  }
+  return true;
+}
+
+}  // namespace innerkv

@@ -1,0 +1,477 @@
+// Bodies shared by all instruction sets, included once by each isa_*.cpp inside its own unnamed namespace, after it has
+// defined: kLanes, Vec (kLanes floats), fma, load_half, sum_lanes, dot. Loops are written so that the compiler turns
+// them into vectors of that file's width; nothing here is visible outside the file.
+//
+// Bits: everything that decides stored codes uses separate multiplications and additions (the build forbids
+// contraction) in the order of docs/format.md; only attention uses fma.
+
+// ---- codes ----
+
+using Word = std::uint32_t __attribute__((may_alias));
+
+template <int kWidth>
+struct Words {
+  typedef std::uint32_t Type __attribute__((vector_size(4 * kWidth)));  // an alias would lose a dependent attribute
+  static Type load(const Word* at) {
+    Type value;
+    __builtin_memcpy(&value, at, sizeof value);
+    return value;
+  }
+  static void store(Word* at, Type value) { __builtin_memcpy(at, &value, sizeof value); }
+};
+
+template <int kBits, int kWidth>
+void unpack_words(const CodeShape& shape, const std::uint8_t* packed, std::uint8_t* bytes) {
+  constexpr int kClasses = 8 / kBits;
+  constexpr std::uint32_t kMask = 0x01010101u * ((1u << kBits) - 1u);
+  const int words = shape.words();
+  const Word* from = reinterpret_cast<const Word*>(packed);
+  Word* to = reinterpret_cast<Word*>(bytes);
+  for (int quad = 0; quad < shape.quads; ++quad, from += words, to += shape.rows)
+    for (int x = 0; x < words; x += kWidth) {
+      const auto word = Words<kWidth>::load(from + x);
+      for (int c = 0; c < kClasses; ++c) Words<kWidth>::store(to + c * words + x, word >> (kBits * c) & kMask);
+    }
+}
+
+template <int kWidth>
+void unpack_triples(const CodeShape& shape, const std::uint8_t* packed, std::uint8_t* bytes) {
+  using W = Words<kWidth>;
+  const int words = shape.words();
+  const Word* from = reinterpret_cast<const Word*>(packed);
+  Word* to = reinterpret_cast<Word*>(bytes);
+  for (int quad = 0; quad < shape.quads; ++quad, from += 3 * words, to += shape.rows)
+    for (int x = 0; x < words; x += kWidth) {
+      const auto w0 = W::load(from + x), w1 = W::load(from + words + x), w2 = W::load(from + 2 * words + x);
+      W::store(to + x, w0 & 0x07070707u);
+      W::store(to + words + x, w0 >> 3 & 0x07070707u);
+      W::store(to + 2 * words + x, w1 & 0x07070707u);
+      W::store(to + 3 * words + x, w1 >> 3 & 0x07070707u);
+      W::store(to + 4 * words + x, w2 & 0x07070707u);
+      W::store(to + 5 * words + x, w2 >> 3 & 0x07070707u);
+      W::store(to + 6 * words + x, (w0 >> 5 & 0x06060606u) | (w2 >> 6 & 0x01010101u));
+      W::store(to + 7 * words + x, (w1 >> 5 & 0x06060606u) | (w2 >> 7 & 0x01010101u));
+    }
+}
+
+template <int kWidth>
+void unpack_width(const CodeShape& shape, const std::uint8_t* packed, std::uint8_t* bytes) {
+  switch (shape.bits) {
+    case 1: return unpack_words<1, kWidth>(shape, packed, bytes);
+    case 2: return unpack_words<2, kWidth>(shape, packed, bytes);
+    case 3: return unpack_triples<kWidth>(shape, packed, bytes);
+    case 4: return unpack_words<4, kWidth>(shape, packed, bytes);
+    default: return unpack_words<8, kWidth>(shape, packed, bytes);
+  }
+}
+
+void unpack(const CodeShape& shape, const std::uint8_t* packed, std::uint8_t* bytes) {
+  const int words = shape.words();
+  if (words % kLanes == 0) return unpack_width<kLanes>(shape, packed, bytes);
+  if (words % 8 == 0) return unpack_width<8>(shape, packed, bytes);
+  if (words % 4 == 0) return unpack_width<4>(shape, packed, bytes);
+  unpack_width<2>(shape, packed, bytes);
+}
+
+// ---- conversions ----
+
+void half_to_float(const std::uint16_t* half, float* value, std::size_t count) {
+  std::size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec wide = load_half(half + i);
+    __builtin_memcpy(value + i, &wide, sizeof wide);
+  }
+  for (; i < count; ++i) value[i] = half_value(half[i]);
+}
+
+using Ints = std::int32_t __attribute__((vector_size(4 * kLanes)));
+using Bytes = std::int8_t __attribute__((vector_size(kLanes)));
+
+inline Vec load(const float* at) {
+  Vec value;
+  __builtin_memcpy(&value, at, sizeof value);
+  return value;
+}
+inline Vec load(const std::uint16_t* at) { return load_half(at); }
+inline void store(float* at, Vec value) { __builtin_memcpy(at, &value, sizeof value); }
+
+inline float max_lanes(Vec v) {
+  float largest = v[0];
+  for (int l = 1; l < kLanes; ++l) largest = v[l] > largest ? v[l] : largest;
+  return largest;
+}
+
+float split(const float* x, int count, std::int8_t* hi, std::int8_t* lo, std::int32_t* total) {
+  Vec peak{};
+  for (int i = 0; i < count; i += kLanes) {
+    const Vec a = load(x + i), magnitude = a < 0.0f ? -a : a;
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  const float largest = max_lanes(peak);
+  if (!(largest > 1e-30f)) {  // the reciprocal of the step must stay finite
+    for (int i = 0; i < count; ++i) hi[i] = lo[i] = 0;
+    *total = 0;
+    return 0.0f;
+  }
+  const float inverse = 32639.0f / largest;
+  Ints sum{};
+  for (int i = 0; i < count; i += kLanes) {
+    // Adding 1.5 * 2^23 leaves the integer nearest to the value in the low bits of the sum.
+    const Ints whole = (Ints)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
+    const Ints high = (whole + 128) >> 8;
+    const Bytes high_bytes = __builtin_convertvector(high, Bytes), low_bytes = __builtin_convertvector(whole - (high << 8), Bytes);
+    __builtin_memcpy(hi + i, &high_bytes, sizeof high_bytes);
+    __builtin_memcpy(lo + i, &low_bytes, sizeof low_bytes);
+    sum += whole;
+  }
+  std::int32_t all = 0;
+  for (int l = 0; l < kLanes; ++l) all += sum[l];
+  *total = all;
+  return largest / 32639.0f;
+}
+
+// ---- Hadamard and rotation: bit for bit the butterflies and products of docs/format.md ----
+
+template <int kDistance>
+inline Vec butterfly(Vec x) {
+  Ints partner, negate;
+  for (int l = 0; l < kLanes; ++l) {
+    partner[l] = l ^ kDistance;
+    negate[l] = l & kDistance ? static_cast<std::int32_t>(0x80000000u) : 0;
+  }
+  return __builtin_shuffle(x, partner) + (Vec)((Ints)x ^ negate);  // a + b, and a + (-b) = a - b
+}
+
+template <int kSize>
+void hadamard_block(float* x) {
+  constexpr int kVecs = kSize / kLanes;
+  Vec v[kVecs];
+  for (int i = 0; i < kVecs; ++i) {
+    v[i] = butterfly<2>(butterfly<1>(load(x + i * kLanes)));
+    if constexpr (kLanes >= 8) v[i] = butterfly<4>(v[i]);
+    if constexpr (kLanes >= 16) v[i] = butterfly<8>(v[i]);
+  }
+  for (int h = 1; h < kVecs; h *= 2)
+    for (int base = 0; base < kVecs; base += 2 * h)
+      for (int i = base; i < base + h; ++i) {
+        const Vec a = v[i], b = v[i + h];
+        v[i] = a + b;
+        v[i + h] = a - b;
+      }
+  for (int i = 0; i < kVecs; ++i) store(x + i * kLanes, v[i] * hadamard_norm(kSize));
+}
+
+void hadamard_all(float* x, int count) {
+  switch (count) {
+    case 64: return hadamard_block<64>(x);
+    case 80: return hadamard_block<64>(x), hadamard_block<16>(x + 64);
+    case 96: return hadamard_block<64>(x), hadamard_block<32>(x + 64);
+    case 128: return hadamard_block<128>(x);
+    case 256: return hadamard_block<256>(x);
+    default: return hadamard(x, count);
+  }
+}
+
+void rotate(float* x, int head_dim, const float* cos, const float* sin, int pairs, bool half_layout) {
+  float old[kMaxHeadDim];
+  __builtin_memcpy(old, x, sizeof(float) * static_cast<std::size_t>(head_dim));
+  if (half_layout) {
+    for (int i = 0; i < pairs; ++i) x[i] = old[i] * cos[i] + old[i + pairs] * sin[i];
+    for (int i = pairs; i < 2 * pairs; ++i) x[i] = old[i] * cos[i] + old[i - pairs] * sin[i];
+    return;
+  }
+  Ints partner;
+  for (int l = 0; l < kLanes; ++l) partner[l] = l ^ 1;
+  for (int i = 0; i < head_dim; i += kLanes) {
+    const Vec a = load(old + i);
+    store(x + i, a * load(cos + i) + __builtin_shuffle(a, partner) * load(sin + i));
+  }
+}
+
+void prepare_query(QueryArgs& args) {
+  float x[kMaxHeadDim];
+  const int D = args.head_dim;
+  __builtin_memcpy(x, args.q, sizeof(float) * static_cast<std::size_t>(D));
+  if (args.cos) rotate(x, D, args.cos, args.sin, args.pairs, args.half_layout);
+  args.constant = 0.0f;
+  if (args.mean) {
+    Vec dot{};
+    for (int c = 0; c < D; c += kLanes) dot = fma(load(x + c), load(args.mean + c), dot);
+    args.constant = sum_lanes(dot);
+  }
+  if (args.lam)
+    for (int c = 0; c < D; c += kLanes) store(x + c, load(x + c) * load(args.lam + c));
+  if (args.hadamard) hadamard_all(x, D);
+  std::int32_t total = 0;
+  args.step = split(x, D, args.hi, args.lo, &total);
+  if (args.group >= D) {
+    args.totals[0] = total;
+    return;
+  }
+  for (int g = 0, begin = 0; begin < D; ++g, begin += args.group) {
+    std::int32_t high = 0, low = 0;
+    for (int c = begin; c < (begin + args.group < D ? begin + args.group : D); ++c) {
+      high += args.hi[c];
+      low += args.lo[c];
+    }
+    args.totals[g] = 256 * high + low;
+  }
+}
+
+GroupScale quantise_group_here(const float* x, int count, const GroupRule& rule, std::uint8_t* codes) {
+  return quantise_group(x, count, rule, codes);
+}
+
+// ---- feedback rounding: the clip ratios side by side in the lanes of one vector ----
+
+using Ratios = float __attribute__((vector_size(32)));
+using RatioInts = std::int32_t __attribute__((vector_size(32)));
+
+std::uint16_t round_feedback(const FeedbackArgs& args) {
+  constexpr int kColumns = 8;  // columns whose running values stay in registers
+  const int D = args.head_dim;
+  const float top = static_cast<float>((1 << args.bits) - 1), half_levels = static_cast<float>(1 << (args.bits - 1));
+  const float center = 0.5f * top;
+  const float full = 2.0f * max_magnitude(args.x, D) / top;
+  float x[kMaxHeadDim];
+  for (int i = 0; i < D; ++i) x[i] = args.x[args.order[i]];
+  Ratios scale{}, inverse{}, loss{};
+  std::uint16_t scale_bits[kMaxClipRatios] = {};
+  for (int r = 0; r < args.ratio_count; ++r) {
+    scale_bits[r] = half_bits(args.ratios[r] * full);
+    scale[r] = half_value(scale_bits[r]);
+    inverse[r] = reciprocal(scale[r]);
+  }
+  Ratios errors[kMaxHeadDim];
+  std::uint8_t codes[kMaxHeadDim][kMaxClipRatios];
+  const Ratios low{}, high = low + top;
+  for (int block = 0; block < D; block += kColumns) {
+    Ratios y[kColumns];
+    for (int i = 0; i < kColumns; ++i) y[i] = Ratios{} + x[block + i];
+    for (int c = 0; c < block; ++c) {
+      const float* row = args.feedback + std::ptrdiff_t{c} * D + block;
+      for (int i = 0; i < kColumns; ++i) y[i] = y[i] - errors[c] * row[i];
+    }
+    for (int i = 0; i < kColumns; ++i) {
+      const int c = block + i;
+      Ratios u = y[i] * inverse + half_levels;
+      u = u > low ? u : low;
+      u = u < high ? u : high;
+      const RatioInts code = __builtin_convertvector(u, RatioInts);
+      errors[c] = y[i] - scale * (__builtin_convertvector(code, Ratios) - center);
+      const Ratios part = errors[c] * args.pivot[c];
+      loss = loss + part * part;
+      for (int r = 0; r < kMaxClipRatios; ++r) codes[c][r] = static_cast<std::uint8_t>(code[r]);
+      const float* row = args.feedback + std::ptrdiff_t{c} * D + block;
+      for (int k = i + 1; k < kColumns; ++k) y[k] = y[k] - errors[c] * row[k];
+    }
+  }
+  int best = 0;
+  for (int r = 1; r < args.ratio_count; ++r)
+    if (loss[r] < loss[best]) best = r;
+  for (int i = 0; i < D; ++i) args.codes[args.order[i]] = codes[i][best];
+  if (!args.unbiased) return scale_bits[best];
+  float image[kMaxHeadDim] = {};  // W x
+  for (int j = 0; j < D; ++j) {
+    const float* row = args.metric + std::ptrdiff_t{j} * D;
+    for (int c = 0; c < D; ++c) image[c] += row[c] * x[j];
+  }
+  const float chosen = scale[best];
+  const float num = ordered_sum(D, [&](int i) { return x[i] * image[i]; });
+  const float den = ordered_sum(D, [&](int i) { return chosen * (static_cast<float>(codes[i][best]) - center) * image[i]; });
+  return unbiased_scale(chosen, num, den);
+}
+
+// ---- raw (16- or 32-bit) attention ----
+
+// Sums of the lanes of kLanes vectors, as the lanes of one: log2(kLanes) rounds of two shuffles and an addition.
+template <int kBlock>
+inline Vec fold(Vec a, Vec b) {
+  Ints low, high;
+  for (int l = 0; l < kLanes; ++l) {
+    const int in_block = l % kBlock, base = l - in_block, half = kBlock / 2;
+    low[l] = in_block < half ? l : kLanes + base + in_block - half;
+    high[l] = in_block < half ? l + half : kLanes + l;
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+template <int kBlock = kLanes>
+inline void fold_all(Vec* v) {
+  if constexpr (kBlock > 1) {
+    for (int i = 0; i < kBlock / 2; ++i) v[i] = fold<kBlock>(v[i], v[i + kBlock / 2]);
+    fold_all<kBlock / 2>(v);
+  }
+}
+
+template <int kTokens, int kRows, class T>
+void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, float* scores, std::ptrdiff_t score_stride) {
+  Vec acc[kRows * kTokens] = {};
+  for (int c = 0; c < head_dim; c += kLanes) {
+    Vec key[kTokens];
+    for (int t = 0; t < kTokens; ++t) key[t] = load(k + t * k_stride + c);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec query = load(q + std::ptrdiff_t{r} * head_dim + c);
+      for (int t = 0; t < kTokens; ++t) acc[r * kTokens + t] = fma(key[t], query, acc[r * kTokens + t]);
+    }
+  }
+  float sums[kRows * kTokens];
+  if constexpr (kRows * kTokens % kLanes == 0)
+    for (int i = 0; i < kRows * kTokens; i += kLanes) {
+      fold_all(acc + i);
+      store(sums + i, acc[i]);
+    }
+  else
+    for (int i = 0; i < kRows * kTokens; ++i) sums[i] = sum_lanes(acc[i]);
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTokens; ++t) scores[r * score_stride + t] = sums[r * kTokens + t];
+}
+
+template <int kTokens, class T>
+void score_rows(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, int rows, float* scores, std::ptrdiff_t score_stride) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) score_tile<kTokens, 4>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  for (; r + 2 <= rows; r += 2) score_tile<kTokens, 2>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  for (; r < rows; ++r) score_tile<kTokens, 1>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+}
+
+template <class T>
+void raw_scores(const T* k, std::ptrdiff_t k_stride, int tokens, int head_dim, const float* q, int rows, float* scores,
+                std::ptrdiff_t score_stride) {
+  constexpr int kStep = kRegisters >= 32 ? 4 : 2;
+  int t = 0;
+  for (; t + kStep <= tokens; t += kStep) score_rows<kStep>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
+  for (; t < tokens; ++t) score_rows<1>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
+}
+
+template <int kRows, int kVecs, class T>
+void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, std::ptrdiff_t p_stride, float* acc) {
+  Vec sum[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kVecs; ++i) sum[r][i] = load(acc + std::ptrdiff_t{r} * head_dim + i * kLanes);
+  for (int t = 0; t < tokens; ++t) {
+    Vec value[kVecs];
+    for (int i = 0; i < kVecs; ++i) value[i] = load(v + t * v_stride + i * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = Vec{} + p[r * p_stride + t];
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = fma(value[i], weight, sum[r][i]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kVecs; ++i) __builtin_memcpy(acc + std::ptrdiff_t{r} * head_dim + i * kLanes, &sum[r][i], sizeof(Vec));
+}
+
+template <int kVecs, class T>
+void accumulate_rows(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows, std::ptrdiff_t p_stride, float* acc) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) accumulate_tile<4, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
+  for (; r < rows; ++r) accumulate_tile<1, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
+}
+
+template <class T>
+void raw_accumulate(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows, std::ptrdiff_t p_stride, float* acc) {
+  constexpr int kVecs = kRegisters >= 32 ? 4 : 2;
+  int c = 0;
+  for (; c + kVecs * kLanes <= head_dim; c += kVecs * kLanes)
+    accumulate_rows<kVecs>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
+  for (; c < head_dim; c += kLanes) accumulate_rows<1>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
+}
+
+void raw_scores_half(const std::uint16_t* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows, float* out, std::ptrdiff_t os) {
+  raw_scores(k, s, tokens, d, q, rows, out, os);
+}
+void raw_scores_float(const float* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows, float* out, std::ptrdiff_t os) {
+  raw_scores(k, s, tokens, d, q, rows, out, os);
+}
+void raw_accumulate_half(const std::uint16_t* v, std::ptrdiff_t s, int tokens, int d, const float* p, int rows, std::ptrdiff_t ps, float* acc) {
+  raw_accumulate(v, s, tokens, d, p, rows, ps, acc);
+}
+void raw_accumulate_float(const float* v, std::ptrdiff_t s, int tokens, int d, const float* p, int rows, std::ptrdiff_t ps, float* acc) {
+  raw_accumulate(v, s, tokens, d, p, rows, ps, acc);
+}
+
+// ---- softmax ----
+
+/// 2^x for x <= 0; below -126 the result is 0. Relative error below 2e-7: degree-6 polynomial on [-0.5, 0.5].
+inline Vec exp2_nonpositive(Vec x) {
+  const Vec clamped = x < -126.0f ? Vec{} - 126.0f : x;
+  const Vec shifted = clamped + 12582912.0f;
+  const Vec f = clamped - (shifted - 12582912.0f);
+  Vec poly = Vec{} + 1.535336188319500e-4f;
+  for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+    poly = fma(poly, f, Vec{} + coefficient);
+  using Unsigned = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+  const Vec value = (Vec)((Unsigned)poly + ((Unsigned)shifted << 23));
+  return x < -126.0f ? Vec{} : value;
+}
+
+inline float exp2_one(float x) { return exp2_nonpositive(Vec{} + x)[0]; }
+
+void softmax(SoftmaxArgs& args) {
+  constexpr float kNone = -__builtin_inff();
+  Vec peak = Vec{} + args.running_max;
+  int i = 0;
+  for (; i + kLanes <= args.count; i += kLanes) {
+    const Vec s = load(args.scores + i);
+    peak = s > peak ? s : peak;
+  }
+  float largest = max_lanes(peak);
+  for (int t = i; t < args.count; ++t) largest = args.scores[t] > largest ? args.scores[t] : largest;
+  if (largest == kNone) {  // nothing visible yet
+    args.rescale = 1.0f;
+    for (int t = 0; t < args.count; ++t) args.scores[t] = 0.0f;
+    return;
+  }
+  args.rescale = args.running_max == largest ? 1.0f : exp2_one(args.running_max - largest);
+  Vec sums{};
+  for (i = 0; i + kLanes <= args.count; i += kLanes) {
+    const Vec p = exp2_nonpositive(load(args.scores + i) - largest);
+    store(args.scores + i, p);
+    sums += p;
+  }
+  float total = sum_lanes(sums);
+  for (; i < args.count; ++i) total += args.scores[i] = exp2_one(args.scores[i] - largest);
+  args.running_max = largest;
+  args.running_sum = args.running_sum * args.rescale + total;
+}
+
+// ---- integer sums back to numbers ----
+
+// 2 * sum - center2 * total is taken modulo 2^32: the true value always fits, the intermediate ones need not.
+inline float centred(std::int32_t sum, std::uint32_t bias) {
+  return static_cast<float>(static_cast<std::int32_t>(2u * static_cast<std::uint32_t>(sum) - bias));
+}
+
+void add_scores(const std::int32_t* __restrict sums, int count, const float* __restrict scale, const float* __restrict offset, float step,
+                std::int32_t total, int center2, float* __restrict scores) {
+  const float half_step = 0.5f * step;
+  const std::uint32_t bias = static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total);
+  for (int i = 0; i < count; ++i) scores[i] += scale[i] * (half_step * centred(sums[i], bias));
+  if (!offset) return;
+  const float whole = step * static_cast<float>(total);
+  for (int i = 0; i < count; ++i) scores[i] += offset[i] * whole;
+}
+
+void add_values(const std::int32_t* __restrict sums, int count, const float* __restrict scale, float step, std::int32_t total, int center2,
+                float* __restrict acc) {
+  const float half_step = 0.5f * step;
+  const std::uint32_t bias = static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total);
+  if (scale)
+    for (int i = 0; i < count; ++i) acc[i] += scale[i] * (half_step * centred(sums[i], bias));
+  else
+    for (int i = 0; i < count; ++i) acc[i] += half_step * centred(sums[i], bias);
+}
+
+void multiply(const float* __restrict p, const float* __restrict scale, int count, float* __restrict weights) {
+  for (int i = 0; i < count; ++i) weights[i] = p[i] * scale[i];
+}
+
+void scale_by(float* x, int count, float factor) {
+  for (int i = 0; i < count; ++i) x[i] *= factor;
+}
+
+constexpr Kernels table(const char* isa) {
+  return {isa,      unpack,         dot,           half_to_float,    float_to_half,       split,  prepare_query, rotate,
+          hadamard_all, quantise_group_here, round_feedback, raw_scores_half, raw_scores_float, raw_accumulate_half,
+          raw_accumulate_float, softmax, add_scores, add_values, multiply, scale_by};
+}
