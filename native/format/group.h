@@ -121,7 +121,7 @@ INNERKV_HD GroupScale quantise_asymmetric(const float* x, int count, int levels,
     high = x[i] > high ? x[i] : high;
   }
   const float top = static_cast<float>(levels - 1);
-  const std::uint16_t zero = half_bits(low), scale = half_bits((high - low) / top);
+  const std::uint16_t zero = half_bits(low + 0.0f), scale = half_bits((high - low) / top);
   assign_codes(x, count, reciprocal(half_value(scale)), half_value(zero), 0.5f, 0.0f, top, codes);
   return {scale, zero, true};
 }
