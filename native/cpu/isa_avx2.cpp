@@ -9,6 +9,7 @@ namespace {
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
 using Vec = float __attribute__((vector_size(32)));
+using Ints = std::int32_t __attribute__((vector_size(32)));
 
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline Vec load_half(const std::uint16_t* at) {
@@ -19,6 +20,11 @@ inline float sum_lanes(Vec v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline void store_bytes(std::int8_t* at, Ints v) {
+  const __m256i x = (__m256i)v;
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(at), _mm_packs_epi16(words, words));
 }
 
 inline __m256i broadcast_quad(const std::int8_t* at) {

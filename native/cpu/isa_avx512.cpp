@@ -9,12 +9,16 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
 using Vec = float __attribute__((vector_size(64)));
+using Ints = std::int32_t __attribute__((vector_size(64)));
 
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 inline Vec load_half(const std::uint16_t* at) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
 inline float sum_lanes(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+inline void store_bytes(std::int8_t* at, Ints v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8((__m512i)v));
+}
 
 inline __m512i broadcast_quad(const std::int8_t* at) {
   std::int32_t quad;

@@ -10,10 +10,14 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
 using Vec = float __attribute__((vector_size(16)));
+using Ints = std::int32_t __attribute__((vector_size(16)));
 
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 inline Vec load_half(const std::uint16_t* at) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(at))); }
 inline float sum_lanes(Vec v) { return vaddvq_f32((float32x4_t)v); }
+inline void store_bytes(std::int8_t* at, Ints v) {
+  for (int l = 0; l < kLanes; ++l) at[l] = static_cast<std::int8_t>(v[l]);
+}
 
 // Codes of up to 4 bits are non-negative signed bytes, so the signed dot product serves; 8-bit codes go as two nibbles.
 template <int kVectors>

@@ -7,12 +7,16 @@ namespace {
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
 using Vec = float __attribute__((vector_size(16)));
+using Ints = std::int32_t __attribute__((vector_size(16)));
 
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec load_half(const std::uint16_t* at) {
   return Vec{half_value(at[0]), half_value(at[1]), half_value(at[2]), half_value(at[3])};
 }
 inline float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline void store_bytes(std::int8_t* at, Ints v) {
+  for (int l = 0; l < kLanes; ++l) at[l] = static_cast<std::int8_t>(v[l]);
+}
 
 void dot(const DotArgs& args) {
   for (int v = 0; v < args.vectors; ++v) {

@@ -1,5 +1,5 @@
 // Bodies shared by all instruction sets, included once by each isa_*.cpp inside its own unnamed namespace, after it has
-// defined: kLanes, Vec (kLanes floats), fma, load_half, sum_lanes, dot. Loops are written so that the compiler turns
+// defined: kLanes, kRegisters, Vec and Ints (kLanes numbers), fma, load_half, sum_lanes, store_bytes, dot. Loops are written so that the compiler turns
 // them into vectors of that file's width; nothing here is visible outside the file.
 //
 // Bits: everything that decides stored codes uses separate multiplications and additions (the build forbids
@@ -84,9 +84,6 @@ void half_to_float(const std::uint16_t* half, float* value, std::size_t count) {
   for (; i < count; ++i) value[i] = half_value(half[i]);
 }
 
-using Ints = std::int32_t __attribute__((vector_size(4 * kLanes)));
-using Bytes = std::int8_t __attribute__((vector_size(kLanes)));
-
 inline Vec load(const float* at) {
   Vec value;
   __builtin_memcpy(&value, at, sizeof value);
@@ -119,9 +116,8 @@ float split(const float* x, int count, std::int8_t* hi, std::int8_t* lo, std::in
     // Adding 1.5 * 2^23 leaves the integer nearest to the value in the low bits of the sum.
     const Ints whole = (Ints)(load(x + i) * inverse + 12582912.0f) - 0x4b400000;
     const Ints high = (whole + 128) >> 8;
-    const Bytes high_bytes = __builtin_convertvector(high, Bytes), low_bytes = __builtin_convertvector(whole - (high << 8), Bytes);
-    __builtin_memcpy(hi + i, &high_bytes, sizeof high_bytes);
-    __builtin_memcpy(lo + i, &low_bytes, sizeof low_bytes);
+    store_bytes(hi + i, high);
+    store_bytes(lo + i, whole - (high << 8));
     sum += whole;
   }
   std::int32_t all = 0;

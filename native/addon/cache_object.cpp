@@ -1,0 +1,158 @@
+#include "cache_object.h"
+
+#include <utility>
+#include <vector>
+
+#include "backend_object.h"
+#include "config_reader.h"
+#include "failure.h"
+#include "sequence_object.h"
+#include "tensors.h"
+#include "transfer_objects.h"
+
+namespace innerkv {
+
+Napi::Function CacheObject::define(Napi::Env env) {
+  return DefineClass(env, "Cache",
+                     {InstanceMethod<&CacheObject::sequence>("sequence"), InstanceMethod<&CacheObject::reader>("reader"),
+                      InstanceMethod<&CacheObject::stats>("stats"), InstanceMethod<&CacheObject::plan>("plan"),
+                      InstanceMethod<&CacheObject::attend_batch>("attendBatch"), InstanceMethod<&CacheObject::dispose>("dispose")});
+}
+
+CacheObject::CacheObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CacheObject>(info) {
+  guarded(info.Env(), [&] {
+    const auto runtime = BackendObject::runtime_of(info[0]);
+    auto made = std::make_unique<CacheHandle>();
+    made->runtime = runtime;
+    made->core = std::make_shared<Cache>(runtime->backend(), read_config(info[1]));
+    handle_ = hold(runtime, std::move(made));
+  });
+}
+
+CacheObject::~CacheObject() { release(Env()); }
+
+void CacheObject::release(Napi::Env env) {
+  if (!handle_) return;
+  handle_->closed = true;
+  handle_->account(env);
+  handle_.reset();
+}
+
+void CacheObject::dispose(const Napi::CallbackInfo& info) { release(info.Env()); }
+
+const std::shared_ptr<CacheHandle>& CacheObject::handle() const {
+  if (!handle_) throw Error(ErrorCode::kDisposed, "The cache was disposed.");
+  return handle_;
+}
+
+Napi::Value CacheObject::sequence(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return SequenceObject::wrap(info.Env(), hold_sequence(handle(), handle()->core->sequence())); });
+}
+
+Napi::Value CacheObject::reader(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return ReaderObject::create(info.Env(), handle()); });
+}
+
+Napi::Value CacheObject::stats(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    Napi::Object result = Napi::Object::New(info.Env());
+    result.Set("budget", static_cast<double>(handle()->core->pool().budget_bytes()));
+    result.Set("used", static_cast<double>(handle()->used.load()));
+    result.Set("reserved", static_cast<double>(handle()->reserved.load()));
+    return result;
+  });
+}
+
+Napi::Value CacheObject::plan(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return write_plan(info.Env(), handle()->core->config()); });
+}
+
+namespace {
+
+struct AttendItem {
+  std::shared_ptr<SequenceHandle> sequence;
+  Numbers<float> q;
+  int q_tokens = 0;
+  std::string name;  // "" or " of item 3"
+  Output out, lse, logits;
+};
+
+struct AttendCall {
+  std::shared_ptr<CacheHandle> cache;
+  std::shared_ptr<AbortFlag> aborted;
+  int layer = 0;
+  bool causal = true;
+  std::vector<AttendItem> items;
+
+  void run() const {
+    const std::size_t heads = static_cast<std::size_t>(cache->core->config().query_heads);
+    std::vector<BatchItem> batch;
+    for (const AttendItem& item : items) {
+      check_attend(*item.sequence->core, layer, item.q_tokens, causal);
+      const std::size_t tokens = static_cast<std::size_t>(item.sequence->core->tokens(layer)), rows = static_cast<std::size_t>(item.q_tokens) * heads;
+      if (item.logits.data() && item.logits.count() != rows * tokens)
+        refuse("logits" + item.name + " holds " + std::to_string(item.logits.count()) + " numbers; [queryTokens, queryHeads, tokens] = [" +
+               std::to_string(item.q_tokens) + ", " + std::to_string(heads) + ", " + std::to_string(tokens) + "] needs " +
+               std::to_string(rows * tokens) + ".");
+      batch.push_back({item.sequence->core.get(), item.q.data, item.out.data(), item.lse.data(), item.logits.data(), item.q_tokens});
+    }
+    if (!innerkv::attend_batch(*cache->core, layer, batch, causal, aborted.get())) {
+      throw Error(ErrorCode::kAborted, "The call was aborted.");
+    }
+  }
+
+  void deliver() const {
+    for (const AttendItem& item : items)
+      for (const Output* output : {&item.out, &item.lse, &item.logits}) output->check();
+    for (const AttendItem& item : items)
+      for (const Output* output : {&item.out, &item.lse, &item.logits}) output->deliver();
+  }
+};
+
+AttendItem read_item(const Napi::Value& value, const Runtime& runtime, const CacheConfig& config, bool sync, std::string name) {
+  const Fields fields(value, "item of attendBatch");
+  AttendItem item;
+  item.name = std::move(name);
+  item.sequence = SequenceObject::handle_of(fields.get("sequence"));
+  const Tensor q = read_tensor(fields.get("q"), fields.get("dtype"));
+  const std::size_t row = static_cast<std::size_t>(config.query_heads) * static_cast<std::size_t>(config.head_dim);
+  if (q.count == 0 || q.count % row != 0 || q.count / row > 0x3fffffff) refuse("q has the wrong length.");
+  item.q_tokens = static_cast<int>(q.count / row);
+  item.q = to_floats(runtime.kernels(), q, {"q" + item.name, config.query_heads, config.head_dim}, sync);
+  item.out = Output(fields.get("out"), q.count, sync, "out" + item.name);
+  if (fields.has("lse")) item.lse = Output(fields.get("lse"), q.count / static_cast<std::size_t>(config.head_dim), sync, "lse" + item.name);
+  if (fields.has("logits")) {
+    const Napi::Value logits = fields.get("logits");
+    if (!logits.IsTypedArray()) refuse("logits must be a Float32Array.");
+    item.logits = Output(logits, logits.As<Napi::TypedArray>().ElementLength(), sync, "logits" + item.name);
+  }
+  return item;
+}
+
+}  // namespace
+
+/// (sync, abort, layer, items, causal)
+Napi::Value CacheObject::attend_batch(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const CallMode mode = read_mode(info);
+    const auto call = std::make_shared<AttendCall>();
+    call->cache = handle();
+    call->aborted = mode.aborted;
+    call->layer = to_int(info[2], "layer");
+    call->causal = info[4].ToBoolean().Value();
+    if (!info[3].IsArray()) refuse("items must be an array.");
+    const Napi::Array items = info[3].As<Napi::Array>();
+    const std::uint32_t count = items.Length();
+    for (std::uint32_t i = 0; i < count; ++i)
+      call->items.push_back(read_item(items.Get(i), *handle()->runtime, handle()->core->config(), mode.sync,
+                                      count > 1 ? " of item " + std::to_string(i) : ""));
+    return dispatch(
+        info.Env(), mode, handle(), [call] { call->run(); },
+        [call](Napi::Env env) {
+          call->deliver();
+          return env.Undefined();
+        });
+  });
+}
+
+}  // namespace innerkv

@@ -1,0 +1,69 @@
+// A backend with its executor and its way back to JavaScript: shared by everything that was made from one createBackend().
+#pragma once
+
+#include <napi.h>
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "../cpu/cpu_backend.h"
+#include "executor.h"
+
+namespace innerkv {
+
+using AbortFlag = std::atomic<bool>;
+
+/// How one call wants to be executed.
+struct CallMode {
+  bool sync = false;                   // the caller waits; otherwise the result is a promise
+  std::shared_ptr<AbortFlag> aborted;  // may be null
+};
+
+/// Reads (sync, abort flag or undefined) from the first two arguments of a callback.
+CallMode read_mode(const Napi::CallbackInfo& info);
+
+/// Throws Error{kAborted} when the flag is set.
+void check_abort(const AbortFlag* aborted);
+
+class Runtime : public std::enable_shared_from_this<Runtime> {
+ public:
+  using Run = std::function<void()>;                      // on some thread; throws to fail
+  using Finish = std::function<Napi::Value(Napi::Env)>;  // on the JavaScript thread, after a run that did not fail
+
+  static std::shared_ptr<Runtime> create(Napi::Env env, int threads, const std::string& isa, int queue_limit);
+  ~Runtime();
+
+  const std::shared_ptr<CpuBackend>& backend() const { return backend_; }
+  const Kernels& kernels() const { return backend_->kernels(); }
+  Executor& executor() { return executor_; }
+  int pending() const { return pending_; }
+
+  /// Runs a job now, or queues it and returns a promise. Throws when it is refused, or failed while the caller waited.
+  Napi::Value dispatch(Napi::Env env, const CallMode& mode, Run run, Finish finish);
+
+  /// No new work from now on; what is queued is still done and delivered, then the thread ends.
+  void request_close() noexcept;
+
+ private:
+  class Call;
+  Runtime(Napi::Env env, int threads, const std::string& isa, int queue_limit);
+  void connect();
+  void notify() noexcept;
+  void deliver(Napi::Env env);
+  void close() noexcept;
+  static void on_deliver(napi_env env, napi_value callback, void* context, void* data);
+  static void on_cleanup(void* context);
+
+  Napi::Env env_;
+  std::shared_ptr<CpuBackend> backend_;
+  int queue_limit_;
+  int pending_ = 0;  // asynchronous calls whose promise is not settled
+  bool closing_ = false, closed_ = false;
+  std::atomic<bool> notified_{false};
+  napi_threadsafe_function channel_ = nullptr;
+  Executor executor_;
+};
+
+}  // namespace innerkv
