@@ -1,0 +1,262 @@
+/** The one door to native code: loads the addon, names its types, and turns its failures into KvErrors. */
+import bindings from 'bindings';
+import { resolve } from 'node:path';
+import { KvError, type ErrorCode, type ErrorDetails } from './errors';
+import { type HeadBasis, type LayerScheme, type TensorSpec } from './schemes/types';
+
+/** A flag that running native work reads. */
+export interface NativeAbortFlag {
+  set(): void;
+}
+
+/** Typed arrays as the addon takes them: Uint16Array holds binary16 bits, or bfloat16 when the dtype says so. */
+export type NativeInput = Float32Array | Uint16Array;
+export type NativeDtype = 'f32' | 'f16' | 'bf16';
+type Abort = NativeAbortFlag | undefined;
+
+/**
+ * Every method whose first parameter is `sync` returns its result when that is true, and otherwise a promise of it.
+ * Inputs are copied in the asynchronous case.
+ */
+type Either<T> = T | Promise<T>;
+
+export interface NativeDenseOptions {
+  readonly k: NativeInput;
+  readonly v: NativeInput;
+  readonly q: NativeInput;
+  readonly kvDtype: NativeDtype;
+  readonly qDtype: NativeDtype;
+  readonly tokens: number;
+  readonly qTokens: number;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly softmaxScale: number;
+  readonly softcap: number;
+  readonly slidingWindow: number;
+  readonly causal: boolean;
+  readonly out: Float32Array;
+  readonly lse: Float32Array | undefined;
+  readonly logits: Float32Array | undefined;
+}
+
+export interface NativeBackend {
+  info(): { isa: string; threads: number; availableIsas: string[] };
+  /** Calls under way. */
+  pending(): number;
+  /** Settles after everything queued so far. */
+  drain(): Promise<void>;
+  attendDense(sync: boolean, abort: Abort, options: NativeDenseOptions): Either<void>;
+  dispose(): void;
+}
+
+export interface NativeCacheOptions {
+  readonly layers: number;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly schemes: readonly (Omit<LayerScheme, 'basis'> & { basis: readonly HeadBasis[] | null })[];
+  readonly schemeOfLayer: readonly number[];
+  readonly windowOfLayer: readonly number[];
+  readonly theta: Float64Array | undefined;
+  readonly halfLayout: boolean;
+  readonly budget: number;
+  readonly softmaxScale: number;
+  readonly softcap: number;
+}
+
+export interface NativeAttendItem {
+  readonly sequence: NativeSequence;
+  readonly q: NativeInput;
+  readonly dtype: NativeDtype;
+  readonly out: Float32Array;
+  readonly lse: Float32Array | undefined;
+  readonly logits: Float32Array | undefined;
+}
+
+export interface NativeCache {
+  sequence(): NativeSequence;
+  reader(): NativeReader;
+  /** Bytes: the budget, what sequences hold, and what was taken from the machine. */
+  stats(): { budget: number; used: number; reserved: number };
+  plan(): {
+    scheme: number;
+    pageBytes: number;
+    windowBytes: number;
+    ringTokens: number;
+    keyBitsPerValue: number;
+    valueBitsPerValue: number;
+  }[];
+  attendBatch(
+    sync: boolean,
+    abort: Abort,
+    layer: number,
+    items: readonly NativeAttendItem[],
+    causal: boolean,
+  ): Either<void>;
+  dispose(): void;
+}
+
+export interface NativeSequence {
+  append(
+    sync: boolean,
+    abort: Abort,
+    layer: number,
+    k: NativeInput,
+    v: NativeInput,
+    dtype: NativeDtype,
+  ): Either<void>;
+  fork(sync: boolean, abort: Abort): Either<NativeSequence>;
+  truncate(sync: boolean, abort: Abort, tokens: number): Either<void>;
+  replace(
+    sync: boolean,
+    abort: Abort,
+    layer: number,
+    position: number,
+    k: NativeInput,
+    v: NativeInput,
+    dtype: NativeDtype,
+  ): Either<void>;
+  /** `head` -1 means every head. */
+  remove(sync: boolean, abort: Abort, layer: number, head: number, positions: Int32Array): Either<void>;
+  readBack(
+    sync: boolean,
+    abort: Abort,
+    layer: number,
+    head: number,
+  ): Either<{ k: Float32Array; v: Float32Array }>;
+  writer(sync: boolean, abort: Abort): Either<NativeWriter>;
+  length(layer: number): number;
+  layerState(layer: number): {
+    tokens: number;
+    sink: number;
+    keysQuantised: number;
+    valuesQuantised: number;
+    removed: number;
+    pages: number;
+  };
+  page(
+    layer: number,
+    head: number,
+    page: number,
+  ): { bytes: Uint8Array; keyZeros: Uint16Array; valueZeros: Uint16Array } | null;
+  dispose(): void;
+}
+
+export interface NativeWriter {
+  next(sync: boolean, abort: Abort): Either<Uint8Array | null>;
+  dispose(): void;
+}
+
+export interface NativeReader {
+  feed(sync: boolean, abort: Abort, bytes: Uint8Array): Either<void>;
+  finish(sync: boolean, abort: Abort): Either<NativeSequence>;
+  dispose(): void;
+}
+
+export interface NativeEstimate {
+  readonly windowBytes: number;
+  readonly codeBytes: number;
+  readonly scaleBytes: number;
+  readonly zeroBytes: number;
+  readonly paddingBytes: number;
+  readonly fp16Bytes: number;
+  readonly bitsPerValue: number;
+  readonly bytesPerToken: number;
+}
+
+/** What the machine offers to CUDA. Versions are 1000 * major + 10 * minor; driver 0 means none. */
+export interface CudaProbe {
+  /** Whether this binary contains CUDA code at all. */
+  readonly compiled: boolean;
+  readonly driverVersion: number;
+  readonly runtimeVersion: number;
+  /** Name of the first CUDA error met, e.g. cudaErrorNoDevice. */
+  readonly error: string | null;
+  readonly devices: readonly {
+    readonly name: string;
+    readonly capability: string;
+    readonly totalBytes: number;
+    readonly multiprocessors: number;
+  }[];
+}
+
+export interface SupportedSpec extends TensorSpec {
+  /** Whether keys may be stored so. */
+  readonly key: boolean;
+  /** Whether values may be stored so. */
+  readonly value: boolean;
+}
+
+export interface NativeBinding {
+  readonly AbortFlag: new () => NativeAbortFlag;
+  readonly Backend: new (threads: number, isa: string, queueLimit: number) => NativeBackend;
+  readonly Cache: new (backend: NativeBackend, options: NativeCacheOptions) => NativeCache;
+  readonly formatVersion: number;
+  readonly pageTokens: number;
+  estimate(options: NativeCacheOptions, tokens: number, sequences: number): NativeEstimate;
+  supportedSpecs(): SupportedSpec[];
+  probeCuda(): CudaProbe;
+  setErrorFactory(make: (code: ErrorCode, message: string, details: ErrorDetails) => KvError): void;
+}
+
+function requireBinary(path: string): NativeBinding {
+  // eslint-disable-next-line @typescript-eslint/no-require-imports -- an addon has no other way in
+  return require(path) as NativeBinding;
+}
+
+interface Loaded {
+  readonly native: NativeBinding;
+  /** Where the addon came from: a path, or what the package `bindings` was asked for. */
+  readonly path: string;
+}
+
+function load(): Loaded {
+  const failures: string[] = [];
+  const attempt = (path: string, open: () => NativeBinding): Loaded | undefined => {
+    try {
+      return { native: open(), path };
+    } catch (error) {
+      failures.push(`${path}: ${error instanceof Error ? error.message : String(error)}`);
+      return undefined;
+    }
+  };
+  // A binary that was asked for by name is the only one tried: never silently another one.
+  const named = process.env['INNERKV_BINARY'];
+  const loaded = named
+    ? attempt(resolve(named), () => requireBinary(resolve(named)))
+    : attempt('bindings("innerkv")', () => bindings('innerkv') as NativeBinding);
+  if (loaded) return loaded;
+  throw new KvError(
+    'ERR_INNERKV_NO_BINARY',
+    `The native addon of innerkv could not be loaded. Tried:\n- ${failures.join('\n- ')}\n` +
+      (named
+        ? 'INNERKV_BINARY names that file. Correct it, or unset it to use the package’s own build.'
+        : 'Build it in the package’s folder with: npm run build:native (needs CMake and a C++20 compiler).'),
+    { details: { attempts: failures } },
+  );
+}
+
+let loaded: Loaded | undefined;
+
+function open(): Loaded {
+  if (loaded) return loaded;
+  loaded = load();
+  loaded.native.setErrorFactory((code, message, details) => new KvError(code, message, { details }));
+  return loaded;
+}
+
+/** The addon, loaded at the first call. Throws ERR_INNERKV_NO_BINARY with every attempt. */
+export function binding(): NativeBinding {
+  return open().native;
+}
+
+/** Which file the addon was loaded from. */
+export function bindingPath(): string {
+  return open().path;
+}
+
+/** Every combination of bits, grouping and mode that keys or values may be stored in. */
+export function supportedSpecs(): SupportedSpec[] {
+  return binding().supportedSpecs();
+}

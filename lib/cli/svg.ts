@@ -1,0 +1,98 @@
+/** A small scatter plot with lines and labels as an SVG file, logarithmic on both axes. */
+
+export interface Point {
+  readonly x: number;
+  readonly y: number;
+  readonly label: string;
+}
+
+export interface Series {
+  readonly name: string;
+  readonly points: readonly Point[];
+}
+
+export interface Plot {
+  readonly title: string;
+  readonly xLabel: string;
+  readonly yLabel: string;
+  readonly series: readonly Series[];
+}
+
+const [WIDTH, HEIGHT] = [880, 560];
+const AREA = { left: 84, right: 24, top: 56, bottom: 64 };
+/** Colours that stay apart for most kinds of colour vision (Okabe and Ito). */
+const COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'];
+
+function escape(text: string): string {
+  const entities: Record<string, string> = { '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;' };
+  return text.replace(/[&<>"]/g, (character) => entities[character]!);
+}
+
+const round = (value: number) => value.toFixed(1);
+
+/** 1, 2 and 5 times powers of ten that lie inside [low, high]. */
+function ticks(low: number, high: number): number[] {
+  const first = Math.floor(Math.log10(low));
+  const decades = Array.from({ length: Math.ceil(Math.log10(high)) - first + 1 }, (_, i) => first + i);
+  return decades
+    .flatMap((decade) => [1, 2, 5].map((mantissa) => Number(`${mantissa}e${decade}`)))
+    .filter((tick) => tick >= low && tick <= high);
+}
+
+/** Maps [low, high], widened by a margin, to [from, to]. */
+function scale(values: readonly number[], from: number, to: number) {
+  const [low, high] = [Math.min(...values) / 1.15, Math.max(...values) * 1.25];
+  const at = (value: number) => from + ((to - from) * Math.log(value / low)) / Math.log(high / low);
+  return { at, ticks: ticks(low, high) };
+}
+
+export function renderSvg({ title, xLabel, yLabel, series }: Plot): string {
+  const points = series.flatMap((one) => one.points).filter(({ x, y }) => x > 0 && y > 0);
+  if (points.length === 0) throw new Error('There is nothing to plot.');
+  const [right, bottom] = [WIDTH - AREA.right, HEIGHT - AREA.bottom];
+  const x = scale(points.map((point) => point.x), AREA.left, right); // prettier-ignore
+  const y = scale(points.map((point) => point.y), bottom, AREA.top); // prettier-ignore
+  const text = (px: number, py: number, content: string, attributes = '') =>
+    `<text x="${round(px)}" y="${round(py)}" ${attributes}>${escape(content)}</text>`;
+  const line = (x1: number, y1: number, x2: number, y2: number) =>
+    `<line x1="${round(x1)}" y1="${round(y1)}" x2="${round(x2)}" y2="${round(y2)}" stroke="#ddd"/>`;
+
+  const body: string[] = [];
+  for (const tick of x.ticks)
+    body.push(
+      line(x.at(tick), AREA.top, x.at(tick), bottom),
+      text(x.at(tick), bottom + 18, String(tick), 'text-anchor="middle"'),
+    );
+  for (const tick of y.ticks)
+    body.push(
+      line(AREA.left, y.at(tick), right, y.at(tick)),
+      text(AREA.left - 8, y.at(tick) + 4, String(tick), 'text-anchor="end"'),
+    );
+  series.forEach(({ name, points: own }, index) => {
+    const colour = COLOURS[index % COLOURS.length]!;
+    const shown = own.filter((point) => point.x > 0 && point.y > 0).sort((a, b) => a.x - b.x);
+    const path = shown.map((point) => `${round(x.at(point.x))},${round(y.at(point.y))}`).join(' ');
+    if (shown.length > 1)
+      body.push(`<polyline points="${path}" fill="none" stroke="${colour}" stroke-width="1.5"/>`);
+    for (const point of shown)
+      body.push(
+        `<circle cx="${round(x.at(point.x))}" cy="${round(y.at(point.y))}" r="4.5" fill="${colour}"/>`,
+        text(x.at(point.x) + 7, y.at(point.y) - 6, point.label, `fill="${colour}"`),
+      );
+    body.push(
+      `<circle cx="${round(right - 150)}" cy="${AREA.top + 10 + 20 * index}" r="4.5" fill="${colour}"/>`,
+      text(right - 140, AREA.top + 14 + 20 * index, name),
+    );
+  });
+  return [
+    `<svg xmlns="http://www.w3.org/2000/svg" width="${WIDTH}" height="${HEIGHT}" viewBox="0 0 ${WIDTH} ${HEIGHT}" ` +
+      'font-family="system-ui, sans-serif" font-size="12">',
+    `<rect width="${WIDTH}" height="${HEIGHT}" fill="#fff"/>`,
+    text(WIDTH / 2, 30, title, 'text-anchor="middle" font-size="16"'),
+    text((AREA.left + right) / 2, HEIGHT - 18, xLabel, 'text-anchor="middle"'),
+    text(0, 0, yLabel, `text-anchor="middle" transform="translate(22 ${(AREA.top + bottom) / 2}) rotate(-90)"`),
+    ...body,
+    '</svg>',
+    '',
+  ].join('\n');
+}
