@@ -1,0 +1,14 @@
+/** innerkv: a low-bit key-value cache with attention computed from the packed bits. */
+export { createBackend, createBackendSync, denseAttention, denseAttentionSync } from './backend';
+export type { Backend, BackendInfo, BackendOptions, DenseAttentionOptions } from './backend';
+export { KvCache } from './cache';
+export type { BatchItem, CacheEstimate, CacheStats, KvCacheOptions, LayerPlan } from './cache';
+export { Sequence } from './sequence';
+export type { AppendOptions, AttendOptions, LayerState } from './sequence';
+export { KvError, errorCodes } from './errors';
+export type { ErrorCode, ErrorDetails } from './errors';
+export { supportedSpecs, bindingPath } from './binding';
+export type { CudaProbe, SupportedSpec } from './binding';
+export type { TensorInput } from './tensor';
+export type { AbortOptions } from './abort';
+export * from './schemes';
