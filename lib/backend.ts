@@ -63,7 +63,7 @@ export async function createBackend(options: BackendOptions = {}): Promise<Backe
 
 /** The same without a promise. */
 export function createBackendSync(options: BackendOptions = {}): Backend {
-  const wish = options.backend ?? process.env['INNERKV_BACKEND'] ?? 'auto';
+  const wish = options.backend ?? process.env.INNERKV_BACKEND ?? 'auto';
   if (wish !== 'auto' && wish !== 'cpu' && wish !== 'cuda')
     throw invalid(`backend must be 'auto', 'cpu' or 'cuda', not '${wish}'.`);
   const native = binding();
@@ -78,13 +78,13 @@ export function createBackendSync(options: BackendOptions = {}): Backend {
       details: { cuda },
     });
   const threads = checkInteger(
-    options.threads ?? Number(process.env['INNERKV_THREADS'] ?? availableParallelism()),
+    options.threads ?? Number(process.env.INNERKV_THREADS ?? availableParallelism()),
     1,
     1024,
     'threads',
   );
   const queueLimit = checkInteger(options.queueLimit ?? 1024, 1, 2 ** 30, 'queueLimit');
-  const backend = new native.Backend(threads, options.isa ?? process.env['INNERKV_ISA'] ?? '', queueLimit);
+  const backend = new native.Backend(threads, options.isa ?? process.env.INNERKV_ISA ?? '', queueLimit);
   const why = wish === 'cpu' ? 'asked for' : `chosen because ${whyNotCuda}`;
   return new Backend(backend, { kind: 'cpu', ...backend.info(), cuda, why });
 }

@@ -222,7 +222,7 @@ function load(): Loaded {
     }
   };
   // A binary that was asked for by name is the only one tried: never silently another one.
-  const named = process.env['INNERKV_BINARY'];
+  const named = process.env.INNERKV_BINARY;
   const loaded = named
     ? attempt(resolve(named), () => requireBinary(resolve(named)))
     : attempt('bindings("innerkv")', () => bindings('innerkv') as NativeBinding);

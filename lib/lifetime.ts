@@ -58,7 +58,7 @@ export class Lifetime<Native extends NativeResource = NativeResource> {
 }
 
 function reportsLeaks(): boolean {
-  return process.env['INNERKV_DEBUG_LEAKS'] === '1';
+  return process.env.INNERKV_DEBUG_LEAKS === '1';
 }
 
 let reported = false;

@@ -53,8 +53,7 @@ export function checkInteger(value: unknown, low: number, high: number, name: st
 }
 
 function asTensor(value: unknown, name: string, dtype: 'f16' | 'bf16'): CheckedTensor {
-  if (dtype !== 'f16' && dtype !== 'bf16')
-    throw invalid(`dtype must be 'f16' or 'bf16', not ${String(dtype)}.`);
+  if (!['f16', 'bf16'].includes(dtype)) throw invalid(`dtype must be 'f16' or 'bf16', not ${dtype}.`);
   if (isTyped(value, 'Float32Array')) {
     refuseShared(value, name);
     return { data: value as Float32Array, dtype: 'f32' };

@@ -48,9 +48,13 @@ export function parseOptions(command: Command, args: readonly string[]): Values 
   try {
     given = parseArgs({ args: [...args], options, strict: true, allowPositionals: false }).values;
   } catch (error) {
-    throw new UsageError(error instanceof Error ? error.message.split('. ')[0] : String(error), { cause: error });
+    throw new UsageError(error instanceof Error ? error.message.split('. ')[0] : String(error), {
+      cause: error,
+    });
   }
-  const defaults = Object.entries(allOptions(command)).map(([name, option]) => [name, option.default] as const);
+  const defaults = Object.entries(allOptions(command)).map(
+    ([name, option]) => [name, option.default] as const,
+  );
   return { ...Object.fromEntries(defaults), ...given } as Values;
 }
 

@@ -90,7 +90,12 @@ export function renderSvg({ title, xLabel, yLabel, series }: Plot): string {
     `<rect width="${WIDTH}" height="${HEIGHT}" fill="#fff"/>`,
     text(WIDTH / 2, 30, title, 'text-anchor="middle" font-size="16"'),
     text((AREA.left + right) / 2, HEIGHT - 18, xLabel, 'text-anchor="middle"'),
-    text(0, 0, yLabel, `text-anchor="middle" transform="translate(22 ${(AREA.top + bottom) / 2}) rotate(-90)"`),
+    text(
+      0,
+      0,
+      yLabel,
+      `text-anchor="middle" transform="translate(22 ${(AREA.top + bottom) / 2}) rotate(-90)"`,
+    ),
     ...body,
     '</svg>',
     '',

@@ -46,7 +46,7 @@ export function bytes(count: number): string {
 
 /** A bar on stderr, drawn only where a person can see it move. */
 export class Progress {
-  private readonly shown = process.stderr.isTTY && process.env['TERM'] !== 'dumb';
+  private readonly shown = process.stderr.isTTY && process.env.TERM !== 'dumb';
   private last = -Infinity;
 
   /** `fraction` of everything, 0 … 1. */

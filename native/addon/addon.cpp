@@ -1,4 +1,5 @@
-// Entry point: the addon translates between JavaScript and the core and decides nothing. Only lib/binding.ts loads it.
+// Entry point: the addon translates between JavaScript and the core and decides nothing. Only lib/binding.ts
+// loads it.
 #include <napi.h>
 
 #include <memory>
@@ -28,13 +29,15 @@ Napi::Value supported_specs(const Napi::CallbackInfo& info) {
 /// (options, tokens, sequences)
 Napi::Value estimate_cache(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
-    return write_estimate(info.Env(), read_config(info[0]), to_int(info[1], "tokens"), to_int(info[2], "sequences"));
+    return write_estimate(info.Env(), read_config(info[0]), to_int(info[1], "tokens"),
+                          to_int(info[2], "sequences"));
   });
 }
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Instance);
-  const auto define = [&](const char* name, Napi::FunctionReference Instance::*member, Napi::Function constructor) {
+  const auto define = [&](const char* name, Napi::FunctionReference Instance::* member,
+                          Napi::Function constructor) {
     Instance::of(env).*member = Napi::Persistent(constructor);
     exports.Set(name, constructor);
   };

@@ -11,10 +11,12 @@
 namespace innerkv {
 
 Napi::Function BackendObject::define(Napi::Env env) {
-  return DefineClass(env, "Backend",
-                     {InstanceMethod<&BackendObject::info>("info"), InstanceMethod<&BackendObject::pending>("pending"),
-                      InstanceMethod<&BackendObject::drain>("drain"), InstanceMethod<&BackendObject::attend_dense>("attendDense"),
-                      InstanceMethod<&BackendObject::dispose>("dispose")});
+  return DefineClass(
+      env, "Backend",
+      {InstanceMethod<&BackendObject::info>("info"), InstanceMethod<&BackendObject::pending>("pending"),
+       InstanceMethod<&BackendObject::drain>("drain"),
+       InstanceMethod<&BackendObject::attend_dense>("attendDense"),
+       InstanceMethod<&BackendObject::dispose>("dispose")});
 }
 
 BackendObject::BackendObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<BackendObject>(info) {
@@ -36,7 +38,8 @@ std::shared_ptr<Runtime> BackendObject::runtime() const {
 }
 
 std::shared_ptr<Runtime> BackendObject::runtime_of(const Napi::Value& value) {
-  if (!value.IsObject() || !value.As<Napi::Object>().InstanceOf(Instance::of(value.Env()).backend.Value())) refuse("Expected a backend.");
+  if (!value.IsObject() || !value.As<Napi::Object>().InstanceOf(Instance::of(value.Env()).backend.Value()))
+    refuse("Expected a backend.");
   return Unwrap(value.As<Napi::Object>())->runtime();
 }
 
@@ -47,7 +50,8 @@ Napi::Value BackendObject::info(const Napi::CallbackInfo& info) {
     result.Set("isa", runtime->backend()->isa());
     result.Set("threads", runtime->backend()->threads());
     Napi::Array isas = Napi::Array::New(info.Env());
-    for (const Kernels* const* table = available_kernels(); *table; ++table) isas.Set(isas.Length(), (*table)->isa);
+    for (const Kernels* const* table = available_kernels(); *table; ++table)
+      isas.Set(isas.Length(), (*table)->isa);
     result.Set("availableIsas", isas);
     return result;
   });
@@ -102,18 +106,25 @@ Napi::Value BackendObject::attend_dense(const Napi::CallbackInfo& info) {
     r.softcap = static_cast<float>(fields.number("softcap"));
     r.sliding_window = fields.integer("slidingWindow");
     r.causal = fields.flag("causal");
-    if (!is_head_dim(r.head_dim)) throw Error(ErrorCode::kUnsupported, "headDim must be one of 64, 80, 96, 128, 256.");
-    if (r.kv_heads < 1 || r.query_heads < r.kv_heads || r.query_heads % r.kv_heads != 0) refuse("queryHeads must be a multiple of kvHeads.");
+    if (!is_head_dim(r.head_dim))
+      throw Error(ErrorCode::kUnsupported, "headDim must be one of 64, 80, 96, 128, 256.");
+    if (r.kv_heads < 1 || r.query_heads < r.kv_heads || r.query_heads % r.kv_heads != 0)
+      refuse("queryHeads must be a multiple of kvHeads.");
     if (r.tokens < 1 || r.q_tokens < 1) refuse("Dense attention needs at least one token and one query.");
-    if (r.causal && r.q_tokens > r.tokens) refuse("Causal attention needs at least as many tokens as queries.");
+    if (r.causal && r.q_tokens > r.tokens)
+      refuse("Causal attention needs at least as many tokens as queries.");
 
     const Kernels& kernels = runtime->kernels();
-    const Tensor k = read_tensor(fields.get("k"), fields.get("kvDtype")), v = read_tensor(fields.get("v"), fields.get("kvDtype"));
+    const Tensor k = read_tensor(fields.get("k"), fields.get("kvDtype")),
+                 v = read_tensor(fields.get("v"), fields.get("kvDtype"));
     const Tensor q = read_tensor(fields.get("q"), fields.get("qDtype"));
-    const std::size_t kv_count = product({r.kv_heads, r.tokens, r.head_dim}), q_count = product({r.q_tokens, r.query_heads, r.head_dim});
-    if (k.count != kv_count || v.count != kv_count || q.count != q_count) refuse("k, v or q has the wrong length.");
+    const std::size_t kv_count = product({r.kv_heads, r.tokens, r.head_dim}),
+                      q_count = product({r.q_tokens, r.query_heads, r.head_dim});
+    if (k.count != kv_count || v.count != kv_count || q.count != q_count)
+      refuse("k, v or q has the wrong length.");
     if (k.dtype != v.dtype) refuse("k and v must have the same type.");
-    const TensorName k_name{"k", r.kv_heads, r.head_dim, r.tokens}, v_name{"v", r.kv_heads, r.head_dim, r.tokens};
+    const TensorName k_name{"k", r.kv_heads, r.head_dim, r.tokens},
+        v_name{"v", r.kv_heads, r.head_dim, r.tokens};
     r.half = k.dtype == Dtype::kF16;
     if (r.half) {
       call->half_k = to_halves(kernels, k, k_name, mode.sync);
@@ -132,11 +143,14 @@ Napi::Value BackendObject::attend_dense(const Napi::CallbackInfo& info) {
     r.out = call->out.data();
     const std::size_t rows = product({r.q_tokens, r.query_heads});
     if (fields.has("lse")) call->lse = Output(fields.get("lse"), rows, mode.sync, "lse");
-    if (fields.has("logits")) call->logits = Output(fields.get("logits"), rows * static_cast<std::size_t>(r.tokens), mode.sync, "logits");
+    if (fields.has("logits"))
+      call->logits =
+          Output(fields.get("logits"), rows * static_cast<std::size_t>(r.tokens), mode.sync, "logits");
     r.lse = call->lse.data();
     r.logits = call->logits.data();
     return runtime->dispatch(
-        info.Env(), mode, [runtime = runtime.get(), call] { runtime->backend()->attend_dense(call->request); },
+        info.Env(), mode,
+        [runtime = runtime.get(), call] { runtime->backend()->attend_dense(call->request); },
         [call](Napi::Env env) {
           for (const Output* output : {&call->out, &call->lse, &call->logits}) output->check();
           for (const Output* output : {&call->out, &call->lse, &call->logits}) output->deliver();
@@ -152,12 +166,14 @@ Napi::Value write_cuda_probe(const Napi::CallbackInfo& info) {
     result.Set("compiled", probe.compiled);
     result.Set("driverVersion", probe.driver_version);
     result.Set("runtimeVersion", probe.runtime_version);
-    result.Set("error", probe.error_name.empty() ? info.Env().Null() : Napi::String::New(info.Env(), probe.error_name));
+    result.Set("error", probe.error_name.empty() ? info.Env().Null()
+                                                 : Napi::String::New(info.Env(), probe.error_name));
     Napi::Array devices = Napi::Array::New(info.Env());
     for (const CudaDevice& device : probe.devices) {
       Napi::Object row = Napi::Object::New(info.Env());
       row.Set("name", device.name);
-      row.Set("capability", std::to_string(device.capability_major) + "." + std::to_string(device.capability_minor));
+      row.Set("capability",
+              std::to_string(device.capability_major) + "." + std::to_string(device.capability_minor));
       row.Set("totalBytes", static_cast<double>(device.total_bytes));
       row.Set("multiprocessors", device.sm_count);
       devices.Set(devices.Length(), row);

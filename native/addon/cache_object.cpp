@@ -13,10 +13,12 @@
 namespace innerkv {
 
 Napi::Function CacheObject::define(Napi::Env env) {
-  return DefineClass(env, "Cache",
-                     {InstanceMethod<&CacheObject::sequence>("sequence"), InstanceMethod<&CacheObject::reader>("reader"),
-                      InstanceMethod<&CacheObject::stats>("stats"), InstanceMethod<&CacheObject::plan>("plan"),
-                      InstanceMethod<&CacheObject::attend_batch>("attendBatch"), InstanceMethod<&CacheObject::dispose>("dispose")});
+  return DefineClass(
+      env, "Cache",
+      {InstanceMethod<&CacheObject::sequence>("sequence"), InstanceMethod<&CacheObject::reader>("reader"),
+       InstanceMethod<&CacheObject::stats>("stats"), InstanceMethod<&CacheObject::plan>("plan"),
+       InstanceMethod<&CacheObject::attend_batch>("attendBatch"),
+       InstanceMethod<&CacheObject::dispose>("dispose")});
 }
 
 CacheObject::CacheObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<CacheObject>(info) {
@@ -46,7 +48,9 @@ const std::shared_ptr<CacheHandle>& CacheObject::handle() const {
 }
 
 Napi::Value CacheObject::sequence(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&] { return SequenceObject::wrap(info.Env(), hold_sequence(handle(), handle()->core->sequence())); });
+  return guarded(info.Env(), [&] {
+    return SequenceObject::wrap(info.Env(), hold_sequence(handle(), handle()->core->sequence()));
+  });
 }
 
 Napi::Value CacheObject::reader(const Napi::CallbackInfo& info) {
@@ -89,12 +93,15 @@ struct AttendCall {
     std::vector<BatchItem> batch;
     for (const AttendItem& item : items) {
       check_attend(*item.sequence->core, layer, item.q_tokens, causal);
-      const std::size_t tokens = static_cast<std::size_t>(item.sequence->core->tokens(layer)), rows = static_cast<std::size_t>(item.q_tokens) * heads;
+      const std::size_t tokens = static_cast<std::size_t>(item.sequence->core->tokens(layer)),
+                        rows = static_cast<std::size_t>(item.q_tokens) * heads;
       if (item.logits.data() && item.logits.count() != rows * tokens)
-        refuse("logits" + item.name + " holds " + std::to_string(item.logits.count()) + " numbers; [queryTokens, queryHeads, tokens] = [" +
-               std::to_string(item.q_tokens) + ", " + std::to_string(heads) + ", " + std::to_string(tokens) + "] needs " +
+        refuse("logits" + item.name + " holds " + std::to_string(item.logits.count()) +
+               " numbers; [queryTokens, queryHeads, tokens] = [" + std::to_string(item.q_tokens) + ", " +
+               std::to_string(heads) + ", " + std::to_string(tokens) + "] needs " +
                std::to_string(rows * tokens) + ".");
-      batch.push_back({item.sequence->core.get(), item.q.data, item.out.data(), item.lse.data(), item.logits.data(), item.q_tokens});
+      batch.push_back({item.sequence->core.get(), item.q.data, item.out.data(), item.lse.data(),
+                       item.logits.data(), item.q_tokens});
     }
     if (!innerkv::attend_batch(*cache->core, layer, batch, causal, aborted.get())) {
       throw Error(ErrorCode::kAborted, "The call was aborted.");
@@ -109,18 +116,22 @@ struct AttendCall {
   }
 };
 
-AttendItem read_item(const Napi::Value& value, const Runtime& runtime, const CacheConfig& config, bool sync, std::string name) {
+AttendItem read_item(const Napi::Value& value, const Runtime& runtime, const CacheConfig& config, bool sync,
+                     std::string name) {
   const Fields fields(value, "item of attendBatch");
   AttendItem item;
   item.name = std::move(name);
   item.sequence = SequenceObject::handle_of(fields.get("sequence"));
   const Tensor q = read_tensor(fields.get("q"), fields.get("dtype"));
-  const std::size_t row = static_cast<std::size_t>(config.query_heads) * static_cast<std::size_t>(config.head_dim);
+  const std::size_t row =
+      static_cast<std::size_t>(config.query_heads) * static_cast<std::size_t>(config.head_dim);
   if (q.count == 0 || q.count % row != 0 || q.count / row > 0x3fffffff) refuse("q has the wrong length.");
   item.q_tokens = static_cast<int>(q.count / row);
   item.q = to_floats(runtime.kernels(), q, {"q" + item.name, config.query_heads, config.head_dim}, sync);
   item.out = Output(fields.get("out"), q.count, sync, "out" + item.name);
-  if (fields.has("lse")) item.lse = Output(fields.get("lse"), q.count / static_cast<std::size_t>(config.head_dim), sync, "lse" + item.name);
+  if (fields.has("lse"))
+    item.lse = Output(fields.get("lse"), q.count / static_cast<std::size_t>(config.head_dim), sync,
+                      "lse" + item.name);
   if (fields.has("logits")) {
     const Napi::Value logits = fields.get("logits");
     if (!logits.IsTypedArray()) refuse("logits must be a Float32Array.");

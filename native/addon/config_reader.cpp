@@ -12,7 +12,8 @@ namespace innerkv {
 namespace {
 
 bool is_int(double number) {
-  return number == std::floor(number) && number >= std::numeric_limits<int>::min() && number <= std::numeric_limits<int>::max();
+  return number == std::floor(number) && number >= std::numeric_limits<int>::min() &&
+         number <= std::numeric_limits<int>::max();
 }
 
 template <class Element>
@@ -20,7 +21,8 @@ std::vector<Element> typed(const Napi::Value& value, napi_typedarray_type expect
   napi_typedarray_type type;
   std::size_t count = 0;
   void* data = nullptr;
-  if (!value.IsTypedArray() || napi_get_typedarray_info(value.Env(), value, &type, &count, &data, nullptr, nullptr) != napi_ok ||
+  if (!value.IsTypedArray() ||
+      napi_get_typedarray_info(value.Env(), value, &type, &count, &data, nullptr, nullptr) != napi_ok ||
       type != expected)
     return {};
   const auto* from = static_cast<const Element*>(data);
@@ -42,7 +44,9 @@ TensorSpec read_spec(const Napi::Value& value) {
 
 Basis read_basis(const Napi::Value& value) {
   const Fields fields(value, "basis");
-  Basis basis{fields.floats("mean"), fields.floats("lam"), {}, fields.bytes("order"), fields.floats("metric"), fields.floats("feedback"), fields.floats("pivot")};
+  Basis basis{fields.floats("mean"), fields.floats("lam"),    {},
+              fields.bytes("order"), fields.floats("metric"), fields.floats("feedback"),
+              fields.floats("pivot")};
   for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
   return basis;
 }
@@ -155,7 +159,8 @@ std::vector<std::uint8_t> Fields::bytes(const char* name) const {
 }
 
 int to_int(const Napi::Value& value, const char* name) {
-  if (!value.IsNumber() || !is_int(value.As<Napi::Number>().DoubleValue())) refuse(std::string(name) + " must be a 32-bit integer.");
+  if (!value.IsNumber() || !is_int(value.As<Napi::Number>().DoubleValue()))
+    refuse(std::string(name) + " must be a 32-bit integer.");
   return value.As<Napi::Number>().Int32Value();
 }
 
@@ -173,7 +178,8 @@ CacheConfig read_config(const Napi::Value& value) {
   config.rope.theta = fields.doubles("theta");
   config.rope.half_layout = fields.flag("halfLayout");
   const double budget = fields.number("budget");
-  if (!(budget >= 0 && budget <= 9007199254740992.0)) refuse("The memory budget must lie between 0 and 2^53 bytes.");
+  if (!(budget >= 0 && budget <= 9007199254740992.0))
+    refuse("The memory budget must lie between 0 and 2^53 bytes.");
   config.budget_bytes = static_cast<std::size_t>(budget);
   config.softmax_scale = static_cast<float>(fields.number("softmaxScale"));
   config.softcap = static_cast<float>(fields.number("softcap"));
@@ -182,14 +188,17 @@ CacheConfig read_config(const Napi::Value& value) {
 
 namespace {
 
-PageLayout layout_of(const CacheConfig& config, const LayerScheme& scheme) { return {scheme.k, scheme.v, config.head_dim}; }
+PageLayout layout_of(const CacheConfig& config, const LayerScheme& scheme) {
+  return {scheme.k, scheme.v, config.head_dim};
+}
 
 /// Payload bits of a value: codes, scales and dense zero points; compact ones depend on the data.
 double payload(const TensorLayout& tensor) { return bits_per_value(tensor); }
 
 }  // namespace
 
-Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64_t tokens, std::int64_t sequences) {
+Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64_t tokens,
+                            std::int64_t sequences) {
   const Estimate parts = estimate(config, tokens, sequences);
   double bits = 0, bytes_per_token = 0;
   for (int layer = 0; layer < config.layers; ++layer) {

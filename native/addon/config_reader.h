@@ -40,7 +40,8 @@ int to_int(const Napi::Value& value, const char* name);
 CacheConfig read_config(const Napi::Value& value);
 
 /// Bytes by part; see lib/estimate.ts.
-Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64_t tokens, std::int64_t sequences);
+Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64_t tokens,
+                            std::int64_t sequences);
 
 /// What each layer costs and how it is computed; see lib/cache.ts.
 Napi::Array write_plan(Napi::Env env, const CacheConfig& config);

@@ -1,8 +1,8 @@
 // The one place where a backend computes: jobs of one queue, one after another.
 //
-// Asynchronous jobs run on a dispatcher thread that exists from the first one on; never on libuv's pool, which files
-// and name lookups share. A job that somebody waits for runs at once in the caller's thread when nothing is queued.
-// All but stop() may be called from the JavaScript thread only, discard() from anywhere.
+// Asynchronous jobs run on a dispatcher thread that exists from the first one on; never on libuv's pool,
+// which files and name lookups share. A job that somebody waits for runs at once in the caller's thread when
+// nothing is queued. All but stop() may be called from the JavaScript thread only, discard() from anywhere.
 #pragma once
 
 #include <condition_variable>
@@ -64,8 +64,9 @@ class Executor {
 
   void (*notify_)(void*);
   void* context_;
-  std::recursive_mutex running_;  // held while a job runs; recursive because a job may drop the last owner of garbage
-  std::mutex mutex_;              // guards what follows
+  std::recursive_mutex
+      running_;       // held while a job runs; recursive because a job may drop the last owner of garbage
+  std::mutex mutex_;  // guards what follows
   std::condition_variable wake_, finished_;
   Jobs queue_, done_;  // lists: the dispatcher thread moves nodes and never allocates
   Garbage* garbage_ = nullptr;

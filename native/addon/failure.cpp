@@ -34,7 +34,8 @@ Napi::Value to_error(Napi::Env env, const Failure& failure) {
   }
   const Napi::FunctionReference& make_error = Instance::of(env).make_error;
   if (!make_error.IsEmpty())
-    return make_error.Call({Napi::String::New(env, failure.code), Napi::String::New(env, failure.message), details});
+    return make_error.Call(
+        {Napi::String::New(env, failure.code), Napi::String::New(env, failure.message), details});
   Napi::Error plain = Napi::Error::New(env, failure.message);
   plain.Set("code", failure.code);
   return plain.Value();

@@ -1,4 +1,5 @@
-// Failures on their way to JavaScript: every C++ exception becomes a KvError with a code; none crosses the border raw.
+// Failures on their way to JavaScript: every C++ exception becomes a KvError with a code; none crosses the
+// border raw.
 #pragma once
 
 #include <napi.h>

@@ -1,4 +1,5 @@
-// What JavaScript objects and queued calls share: core objects that live and die between two jobs of their executor.
+// What JavaScript objects and queued calls share: core objects that live and die between two jobs of their
+// executor.
 #pragma once
 
 #include <napi.h>
@@ -17,7 +18,8 @@ namespace innerkv {
 /// Owners may drop it anywhere, at any time: it is destroyed where the executor allows.
 template <class T>
 std::shared_ptr<T> hold(const std::shared_ptr<Runtime>& runtime, std::unique_ptr<T> object) {
-  return std::shared_ptr<T>(object.release(), [runtime](T* garbage) { runtime->executor().discard(garbage); });
+  return std::shared_ptr<T>(object.release(),
+                            [runtime](T* garbage) { runtime->executor().discard(garbage); });
 }
 
 struct CacheHandle final : Garbage {
@@ -43,7 +45,8 @@ struct CacheHandle final : Garbage {
 /// A core object that holds slots of a cache.
 template <class Core>
 struct Held : Garbage {
-  Held(std::shared_ptr<CacheHandle> owner, std::unique_ptr<Core> object) : cache(std::move(owner)), core(std::move(object)) {}
+  Held(std::shared_ptr<CacheHandle> owner, std::unique_ptr<Core> object)
+      : cache(std::move(owner)), core(std::move(object)) {}
   ~Held() override {
     core.reset();
     cache->publish();
@@ -54,7 +57,8 @@ struct Held : Garbage {
 
 struct SequenceHandle final : Held<Sequence> {
   SequenceHandle(std::shared_ptr<CacheHandle> owner, std::unique_ptr<Sequence> object)
-      : Held(std::move(owner), std::move(object)), tokens(new std::atomic<int>[static_cast<std::size_t>(layers())]) {
+      : Held(std::move(owner), std::move(object)),
+        tokens(new std::atomic<int>[static_cast<std::size_t>(layers())]) {
     publish();
   }
   int layers() const { return cache->core->config().layers; }
@@ -69,13 +73,14 @@ struct SequenceHandle final : Held<Sequence> {
 using WriterHandle = Held<SequenceWriter>;
 using ReaderHandle = Held<SequenceReader>;
 
-inline std::shared_ptr<SequenceHandle> hold_sequence(const std::shared_ptr<CacheHandle>& cache, std::unique_ptr<Sequence> sequence) {
+inline std::shared_ptr<SequenceHandle> hold_sequence(const std::shared_ptr<CacheHandle>& cache,
+                                                     std::unique_ptr<Sequence> sequence) {
   return hold(cache->runtime, std::make_unique<SequenceHandle>(cache, std::move(sequence)));
 }
 
 /// A job on a cache: its memory is published after the run and reported when the result is delivered.
-inline Napi::Value dispatch(Napi::Env env, const CallMode& mode, const std::shared_ptr<CacheHandle>& cache, Runtime::Run run,
-                            Runtime::Finish finish = nullptr) {
+inline Napi::Value dispatch(Napi::Env env, const CallMode& mode, const std::shared_ptr<CacheHandle>& cache,
+                            Runtime::Run run, Runtime::Finish finish = nullptr) {
   return cache->runtime->dispatch(
       env, mode,
       [cache, run = std::move(run)] {

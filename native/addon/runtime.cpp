@@ -8,7 +8,9 @@
 
 namespace innerkv {
 
-CallMode read_mode(const Napi::CallbackInfo& info) { return {info[0].ToBoolean().Value(), AbortObject::read(info[1])}; }
+CallMode read_mode(const Napi::CallbackInfo& info) {
+  return {info[0].ToBoolean().Value(), AbortObject::read(info[1])};
+}
 
 void check_abort(const AbortFlag* aborted) {
   if (aborted && aborted->load()) throw Error(ErrorCode::kAborted, "The call was aborted.");
@@ -67,12 +69,15 @@ class Runtime::Call final : public Job {
 };
 
 Runtime::Runtime(Napi::Env env, int threads, const std::string& isa, int queue_limit)
-    : env_(env), backend_(std::make_shared<CpuBackend>(threads, isa.empty() ? nullptr : isa.c_str())), queue_limit_(queue_limit),
+    : env_(env),
+      backend_(std::make_shared<CpuBackend>(threads, isa.empty() ? nullptr : isa.c_str())),
+      queue_limit_(queue_limit),
       executor_([](void* self) { static_cast<Runtime*>(self)->notify(); }, this) {}
 
 Runtime::~Runtime() { close(); }
 
-std::shared_ptr<Runtime> Runtime::create(Napi::Env env, int threads, const std::string& isa, int queue_limit) {
+std::shared_ptr<Runtime> Runtime::create(Napi::Env env, int threads, const std::string& isa,
+                                         int queue_limit) {
   const std::shared_ptr<Runtime> runtime(new Runtime(env, threads, isa, queue_limit));
   runtime->connect();
   return runtime;
@@ -82,8 +87,8 @@ void Runtime::connect() {
   const auto check = [this](napi_status status) {
     if (status != napi_ok) throw Napi::Error::New(env_);
   };
-  check(napi_create_threadsafe_function(env_, nullptr, nullptr, Napi::String::New(env_, "innerkv"), 0, 1, nullptr, nullptr, this,
-                                        on_deliver, &channel_));
+  check(napi_create_threadsafe_function(env_, nullptr, nullptr, Napi::String::New(env_, "innerkv"), 0, 1,
+                                        nullptr, nullptr, this, on_deliver, &channel_));
   check(napi_unref_threadsafe_function(env_, channel_));
   // Added after the channel, so it runs before the channel goes: hooks run in reverse order.
   check(napi_add_env_cleanup_hook(env_, on_cleanup, this));
@@ -98,7 +103,8 @@ Napi::Value Runtime::dispatch(Napi::Env env, const CallMode& mode, Run run, Fini
   }
   if (pending_ >= queue_limit_)
     throw Refusal({"ERR_INNERKV_QUEUE_FULL",
-                   "The backend's queue is full: " + std::to_string(pending_) + " calls wait. Await earlier calls, or raise queueLimit.",
+                   "The backend's queue is full: " + std::to_string(pending_) +
+                       " calls wait. Await earlier calls, or raise queueLimit.",
                    {{"queueLimit", static_cast<double>(queue_limit_)}}});
   auto call = std::make_shared<Call>(mode.aborted, std::move(run), std::move(finish));
   const Napi::Promise promise = call->promise(env, shared_from_this());
@@ -143,7 +149,8 @@ void Runtime::close() noexcept {
   napi_release_threadsafe_function(channel_, napi_tsfn_abort);
 }
 
-/// The environment ends: nobody can receive results, so queued calls are dropped and only the running one is finished.
+/// The environment ends: nobody can receive results, so queued calls are dropped and only the running one is
+/// finished.
 void Runtime::on_cleanup(void* context) {
   const std::shared_ptr<Runtime> self = static_cast<Runtime*>(context)->shared_from_this();
   self->closing_ = self->closed_ = true;

@@ -1,4 +1,5 @@
-// A backend with its executor and its way back to JavaScript: shared by everything that was made from one createBackend().
+// A backend with its executor and its way back to JavaScript: shared by everything that was made from one
+// createBackend().
 #pragma once
 
 #include <napi.h>
@@ -29,8 +30,9 @@ void check_abort(const AbortFlag* aborted);
 
 class Runtime : public std::enable_shared_from_this<Runtime> {
  public:
-  using Run = std::function<void()>;                      // on some thread; throws to fail
-  using Finish = std::function<Napi::Value(Napi::Env)>;  // on the JavaScript thread, after a run that did not fail
+  using Run = std::function<void()>;  // on some thread; throws to fail
+  using Finish =
+      std::function<Napi::Value(Napi::Env)>;  // on the JavaScript thread, after a run that did not fail
 
   static std::shared_ptr<Runtime> create(Napi::Env env, int threads, const std::string& isa, int queue_limit);
   ~Runtime();
@@ -40,7 +42,8 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   Executor& executor() { return executor_; }
   int pending() const { return pending_; }
 
-  /// Runs a job now, or queues it and returns a promise. Throws when it is refused, or failed while the caller waited.
+  /// Runs a job now, or queues it and returns a promise. Throws when it is refused, or failed while the
+  /// caller waited.
   Napi::Value dispatch(Napi::Env env, const CallMode& mode, Run run, Finish finish);
 
   /// No new work from now on; what is queued is still done and delivered, then the thread ends.

@@ -29,7 +29,8 @@ struct KeysAndValues {
   Numbers<std::uint16_t> k, v;
   int tokens = 0;
 
-  KeysAndValues(const SequenceHandle& handle, const Napi::Value& keys, const Napi::Value& values, const Napi::Value& dtype, bool borrow) {
+  KeysAndValues(const SequenceHandle& handle, const Napi::Value& keys, const Napi::Value& values,
+                const Napi::Value& dtype, bool borrow) {
     const CacheConfig& config = handle.cache->core->config();
     const Kernels& kernels = handle.cache->runtime->kernels();
     const Tensor key = read_tensor(keys, dtype), value = read_tensor(values, dtype);
@@ -45,13 +46,15 @@ struct KeysAndValues {
 }  // namespace
 
 Napi::Function SequenceObject::define(Napi::Env env) {
-  return DefineClass(env, "Sequence",
-                     {InstanceMethod<&SequenceObject::append>("append"), InstanceMethod<&SequenceObject::fork>("fork"),
-                      InstanceMethod<&SequenceObject::truncate>("truncate"), InstanceMethod<&SequenceObject::replace>("replace"),
-                      InstanceMethod<&SequenceObject::remove>("remove"), InstanceMethod<&SequenceObject::read_back>("readBack"),
-                      InstanceMethod<&SequenceObject::writer>("writer"), InstanceMethod<&SequenceObject::length>("length"),
-                      InstanceMethod<&SequenceObject::layer_state>("layerState"), InstanceMethod<&SequenceObject::page>("page"),
-                      InstanceMethod<&SequenceObject::dispose>("dispose")});
+  return DefineClass(
+      env, "Sequence",
+      {InstanceMethod<&SequenceObject::append>("append"), InstanceMethod<&SequenceObject::fork>("fork"),
+       InstanceMethod<&SequenceObject::truncate>("truncate"),
+       InstanceMethod<&SequenceObject::replace>("replace"), InstanceMethod<&SequenceObject::remove>("remove"),
+       InstanceMethod<&SequenceObject::read_back>("readBack"),
+       InstanceMethod<&SequenceObject::writer>("writer"), InstanceMethod<&SequenceObject::length>("length"),
+       InstanceMethod<&SequenceObject::layer_state>("layerState"),
+       InstanceMethod<&SequenceObject::page>("page"), InstanceMethod<&SequenceObject::dispose>("dispose")});
 }
 
 SequenceObject::SequenceObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<SequenceObject>(info) {
@@ -71,7 +74,8 @@ const std::shared_ptr<SequenceHandle>& SequenceObject::handle() const {
 }
 
 std::shared_ptr<SequenceHandle> SequenceObject::handle_of(const Napi::Value& value) {
-  if (!value.IsObject() || !value.As<Napi::Object>().InstanceOf(Instance::of(value.Env()).sequence.Value())) refuse("Expected a sequence.");
+  if (!value.IsObject() || !value.As<Napi::Object>().InstanceOf(Instance::of(value.Env()).sequence.Value()))
+    refuse("Expected a sequence.");
   return Unwrap(value.As<Napi::Object>())->handle();
 }
 
@@ -93,7 +97,8 @@ Napi::Value SequenceObject::fork(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const auto made = std::make_shared<std::shared_ptr<SequenceHandle>>();
     return dispatch(
-        info.Env(), read_mode(info), handle()->cache, [handle = handle(), made] { *made = hold_sequence(handle->cache, handle->core->fork()); },
+        info.Env(), read_mode(info), handle()->cache,
+        [handle = handle(), made] { *made = hold_sequence(handle->cache, handle->core->fork()); },
         [made](Napi::Env env) { return wrap(env, *made); });
   });
 }
@@ -126,11 +131,14 @@ Napi::Value SequenceObject::replace(const Napi::CallbackInfo& info) {
 Napi::Value SequenceObject::remove(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const int layer = to_int(info[2], "layer"), head = to_int(info[3], "head");
-    if (!info[4].IsTypedArray() || info[4].As<Napi::TypedArray>().TypedArrayType() != napi_int32_array) refuse("positions must be an Int32Array.");
+    if (!info[4].IsTypedArray() || info[4].As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
+      refuse("positions must be an Int32Array.");
     const Napi::Int32Array array = info[4].As<Napi::Int32Array>();
     std::vector<int> positions(array.Data(), array.Data() + array.ElementLength());
     return dispatch(info.Env(), read_mode(info), handle()->cache,
-                    [handle = handle(), layer, head, positions = std::move(positions)] { handle->core->remove(layer, head, positions); });
+                    [handle = handle(), layer, head, positions = std::move(positions)] {
+                      handle->core->remove(layer, head, positions);
+                    });
   });
 }
 
@@ -142,7 +150,8 @@ Napi::Value SequenceObject::read_back(const Napi::CallbackInfo& info) {
     return dispatch(
         info.Env(), read_mode(info), handle()->cache,
         [handle = handle(), layer, head, values] {
-          const std::size_t count = at(handle->core->tokens(layer)) * at(handle->cache->core->config().head_dim);
+          const std::size_t count =
+              at(handle->core->tokens(layer)) * at(handle->cache->core->config().head_dim);
           values->first.resize(count);
           values->second.resize(count);
           handle->core->read_back(layer, head, values->first.data(), values->second.data());
@@ -163,7 +172,9 @@ Napi::Value SequenceObject::writer(const Napi::CallbackInfo& info) {
     return dispatch(
         info.Env(), read_mode(info), handle()->cache,
         [handle = handle(), made] {
-          *made = hold(handle->cache->runtime, std::make_unique<WriterHandle>(handle->cache, std::make_unique<SequenceWriter>(*handle->core)));
+          *made = hold(
+              handle->cache->runtime,
+              std::make_unique<WriterHandle>(handle->cache, std::make_unique<SequenceWriter>(*handle->core)));
         },
         [made](Napi::Env env) { return WriterObject::wrap(env, *made); });
   });
@@ -186,7 +197,9 @@ Napi::Value SequenceObject::layer_state(const Napi::CallbackInfo& info) {
     handle()->cache->runtime->executor().between([&] {
       const LayerState& state = handle()->core->layer_state(layer);
       std::size_t pages = 0;
-      for (const auto& table : state.pages) pages += at(static_cast<int>(std::count_if(table.begin(), table.end(), [](const auto& page) { return page != nullptr; })));
+      for (const auto& table : state.pages)
+        pages += at(static_cast<int>(
+            std::count_if(table.begin(), table.end(), [](const auto& page) { return page != nullptr; })));
       result.Set("tokens", state.tokens);
       result.Set("sink", std::min(state.tokens, state.reach.sink));
       result.Set("keysQuantised", state.reach.k);
@@ -201,20 +214,24 @@ Napi::Value SequenceObject::layer_state(const Napi::CallbackInfo& info) {
 /// (layer, head, page) => { bytes, keyZeros, valueZeros } or null when everything in the page was removed
 Napi::Value SequenceObject::page(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const int layer = to_int(info[0], "layer"), head = to_int(info[1], "head"), index = to_int(info[2], "page");
+    const int layer = to_int(info[0], "layer"), head = to_int(info[1], "head"),
+              index = to_int(info[2], "page");
     const Napi::Env env = info.Env();
     return handle()->cache->runtime->executor().between([&]() -> Napi::Value {
       const Cache& cache = *handle()->cache->core;
       const LayerState& state = handle()->core->layer_state(layer);
       if (head < 0 || at(head) >= state.pages.size()) refuse("No such KV head.");
       const auto& table = state.pages[at(head)];
-      if (index < 0 || at(index) >= table.size()) refuse("Page " + std::to_string(index) + " does not exist; there are " + std::to_string(table.size()) + ".");
+      if (index < 0 || at(index) >= table.size())
+        refuse("Page " + std::to_string(index) + " does not exist; there are " +
+               std::to_string(table.size()) + ".");
       const Page* page = table[at(index)].get();
       if (!page) return env.Null();
       const LayerScheme& scheme = cache.config().scheme(layer);
       const auto zeros = [&](const std::vector<Slot>& extents, int count) {
         std::vector<std::uint16_t> all(at(count));
-        for (int z = 0; z < count; ++z) std::memcpy(&all[at(z)], extents[at(z / kZeroExtent)].data() + 2 * at(z % kZeroExtent), 2);
+        for (int z = 0; z < count; ++z)
+          std::memcpy(&all[at(z)], extents[at(z / kZeroExtent)].data() + 2 * at(z % kZeroExtent), 2);
         return copy_out<Napi::Uint16Array>(env, all.data(), all.size());
       };
       Napi::Object result = Napi::Object::New(env);

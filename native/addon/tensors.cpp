@@ -22,14 +22,18 @@ float value_at(const Tensor& tensor, std::size_t i) {
 }
 
 [[noreturn]] void not_finite(const Tensor& tensor, std::size_t i, const TensorName& name) {
-  const std::size_t channels = static_cast<std::size_t>(name.channels), heads = static_cast<std::size_t>(name.heads);
+  const std::size_t channels = static_cast<std::size_t>(name.channels),
+                    heads = static_cast<std::size_t>(name.heads);
   const std::size_t tokens = static_cast<std::size_t>(name.heads_first_tokens), row = i / channels;
-  const std::size_t token = tokens > 0 ? row % tokens : row / heads, head = tokens > 0 ? row / tokens : row % heads;
+  const std::size_t token = tokens > 0 ? row % tokens : row / heads,
+                    head = tokens > 0 ? row / tokens : row % heads;
   const float value = value_at(tensor, i);
-  const std::string where =
-      "token " + std::to_string(token) + ", head " + std::to_string(head) + ", channel " + std::to_string(i % channels);
-  const std::string what = std::isfinite(value) ? "is " + std::to_string(value) + ", beyond the largest binary16 number, 65504"
-                                                : std::isnan(value) ? "is NaN" : "is infinite";
+  const std::string where = "token " + std::to_string(token) + ", head " + std::to_string(head) +
+                            ", channel " + std::to_string(i % channels);
+  const std::string what = std::isfinite(value)
+                               ? "is " + std::to_string(value) + ", beyond the largest binary16 number, 65504"
+                           : std::isnan(value) ? "is NaN"
+                                               : "is infinite";
   throw Refusal({error_code_name(ErrorCode::kNotFinite),
                  name.name + " at " + where + " " + what + ".",
                  {{"tensor", name.name},
@@ -47,7 +51,8 @@ bool all_finite(const std::uint16_t* bits, std::size_t count, std::uint16_t expo
 
 bool all_finite(const float* values, std::size_t count) {
   unsigned bad = 0;
-  for (std::size_t i = 0; i < count; ++i) bad |= (std::bit_cast<std::uint32_t>(values[i]) & 0x7f800000u) == 0x7f800000u;
+  for (std::size_t i = 0; i < count; ++i)
+    bad |= (std::bit_cast<std::uint32_t>(values[i]) & 0x7f800000u) == 0x7f800000u;
   return bad == 0;
 }
 
@@ -75,14 +80,16 @@ Tensor read_tensor(const Napi::Value& array, const Napi::Value& dtype) {
   if (type == napi_float32_array) {
     tensor.dtype = Dtype::kF32;
   } else if (type == napi_uint16_array) {
-    tensor.dtype = dtype.IsString() && dtype.As<Napi::String>().Utf8Value() == "bf16" ? Dtype::kBf16 : Dtype::kF16;
+    tensor.dtype =
+        dtype.IsString() && dtype.As<Napi::String>().Utf8Value() == "bf16" ? Dtype::kBf16 : Dtype::kF16;
   } else {
     refuse("Expected a Float32Array or a Uint16Array.");
   }
   return tensor;
 }
 
-Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, const TensorName& name, bool borrow) {
+Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, const TensorName& name,
+                                 bool borrow) {
   const auto* bits = static_cast<const std::uint16_t*>(tensor.data);
   Numbers<std::uint16_t> halves;
   if (tensor.dtype == Dtype::kF16) {
@@ -96,8 +103,12 @@ Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, c
   halves.data = halves.own.get();
   bool finite = true;
   switch (tensor.dtype) {
-    case Dtype::kF16: std::copy_n(bits, tensor.count, halves.own.get()); break;
-    case Dtype::kF32: finite = kernels.float_to_half(static_cast<const float*>(tensor.data), halves.own.get(), tensor.count); break;
+    case Dtype::kF16:
+      std::copy_n(bits, tensor.count, halves.own.get());
+      break;
+    case Dtype::kF32:
+      finite = kernels.float_to_half(static_cast<const float*>(tensor.data), halves.own.get(), tensor.count);
+      break;
     case Dtype::kBf16: {
       constexpr std::size_t kRun = 1024;
       float run[kRun];
@@ -116,8 +127,10 @@ Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, c
 Numbers<float> to_floats(const Kernels& kernels, const Tensor& tensor, const TensorName& name, bool borrow) {
   const auto* bits = static_cast<const std::uint16_t*>(tensor.data);
   const auto* values = static_cast<const float*>(tensor.data);
-  const bool finite = tensor.dtype == Dtype::kF32 ? all_finite(values, tensor.count)
-                                                  : all_finite(bits, tensor.count, tensor.dtype == Dtype::kF16 ? kHalfExponent : kBf16Exponent);
+  const bool finite =
+      tensor.dtype == Dtype::kF32
+          ? all_finite(values, tensor.count)
+          : all_finite(bits, tensor.count, tensor.dtype == Dtype::kF16 ? kHalfExponent : kBf16Exponent);
   if (!finite) find_offender(tensor, name, [](float value) { return std::isfinite(value); });
   Numbers<float> floats;
   if (borrow && tensor.dtype == Dtype::kF32) {
@@ -127,14 +140,21 @@ Numbers<float> to_floats(const Kernels& kernels, const Tensor& tensor, const Ten
   floats.own = std::make_unique_for_overwrite<float[]>(tensor.count);
   floats.data = floats.own.get();
   switch (tensor.dtype) {
-    case Dtype::kF32: std::copy_n(values, tensor.count, floats.own.get()); break;
-    case Dtype::kF16: kernels.half_to_float(bits, floats.own.get(), tensor.count); break;
-    case Dtype::kBf16: std::transform(bits, bits + tensor.count, floats.own.get(), bf16_value); break;
+    case Dtype::kF32:
+      std::copy_n(values, tensor.count, floats.own.get());
+      break;
+    case Dtype::kF16:
+      kernels.half_to_float(bits, floats.own.get(), tensor.count);
+      break;
+    case Dtype::kBf16:
+      std::transform(bits, bits + tensor.count, floats.own.get(), bf16_value);
+      break;
   }
   return floats;
 }
 
-Output::Output(const Napi::Value& array, std::size_t count, bool sync, std::string name) : count_(count), name_(std::move(name)) {
+Output::Output(const Napi::Value& array, std::size_t count, bool sync, std::string name)
+    : count_(count), name_(std::move(name)) {
   if (!array.IsTypedArray()) refuse(name_ + " must be a Float32Array.");
   array_ = Napi::Reference<Napi::TypedArray>::New(array.As<Napi::TypedArray>(), 1);
   float* to = target();
@@ -151,7 +171,8 @@ float* Output::target() const {
   std::size_t count = 0;
   void* data = nullptr;
   const Napi::TypedArray array = array_.Value();
-  if (napi_get_typedarray_info(array.Env(), array, &type, &count, &data, nullptr, nullptr) != napi_ok || type != napi_float32_array)
+  if (napi_get_typedarray_info(array.Env(), array, &type, &count, &data, nullptr, nullptr) != napi_ok ||
+      type != napi_float32_array)
     refuse(name_ + " must be a Float32Array.");
   if (count != count_)
     refuse(name_ + " holds " + std::to_string(count) + " numbers instead of " + std::to_string(count_) +

@@ -38,13 +38,16 @@ struct Numbers {
   const T* data = nullptr;
 };
 
-/// Binary16 bits of a tensor, all finite, or Refusal{NOT_FINITE}. With `borrow`, binary16 input is not copied.
-Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, const TensorName& name, bool borrow);
+/// Binary16 bits of a tensor, all finite, or Refusal{NOT_FINITE}. With `borrow`, binary16 input is not
+/// copied.
+Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, const TensorName& name,
+                                 bool borrow);
 
 /// The same in float32.
 Numbers<float> to_floats(const Kernels& kernels, const Tensor& tensor, const TensorName& name, bool borrow);
 
-/// A Float32Array of the caller that receives `count` numbers: at once when the caller waits, otherwise on delivery.
+/// A Float32Array of the caller that receives `count` numbers: at once when the caller waits, otherwise on
+/// delivery.
 class Output {
  public:
   Output() = default;

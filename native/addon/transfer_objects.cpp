@@ -27,7 +27,9 @@ const std::shared_ptr<Handle>& checked(const std::shared_ptr<Handle>& handle) {
 }  // namespace
 
 Napi::Function WriterObject::define(Napi::Env env) {
-  return DefineClass(env, "Writer", {InstanceMethod<&WriterObject::next>("next"), InstanceMethod<&WriterObject::dispose>("dispose")});
+  return DefineClass(
+      env, "Writer",
+      {InstanceMethod<&WriterObject::next>("next"), InstanceMethod<&WriterObject::dispose>("dispose")});
 }
 
 WriterObject::WriterObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<WriterObject>(info) {
@@ -43,7 +45,8 @@ Napi::Value WriterObject::next(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const auto piece = std::make_shared<std::vector<std::uint8_t>>();
     return dispatch(
-        info.Env(), read_mode(info), checked(handle_)->cache, [handle = handle_, piece] { *piece = handle->core->next(); },
+        info.Env(), read_mode(info), checked(handle_)->cache,
+        [handle = handle_, piece] { *piece = handle->core->next(); },
         [piece](Napi::Env env) -> Napi::Value {
           if (piece->empty()) return env.Null();
           Napi::Uint8Array bytes = Napi::Uint8Array::New(env, piece->size());
@@ -54,9 +57,10 @@ Napi::Value WriterObject::next(const Napi::CallbackInfo& info) {
 }
 
 Napi::Function ReaderObject::define(Napi::Env env) {
-  return DefineClass(env, "Reader",
-                     {InstanceMethod<&ReaderObject::feed>("feed"), InstanceMethod<&ReaderObject::finish>("finish"),
-                      InstanceMethod<&ReaderObject::dispose>("dispose")});
+  return DefineClass(
+      env, "Reader",
+      {InstanceMethod<&ReaderObject::feed>("feed"), InstanceMethod<&ReaderObject::finish>("finish"),
+       InstanceMethod<&ReaderObject::dispose>("dispose")});
 }
 
 ReaderObject::ReaderObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ReaderObject>(info) {
@@ -64,7 +68,8 @@ ReaderObject::ReaderObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Re
 }
 
 Napi::Value ReaderObject::create(Napi::Env env, const std::shared_ptr<CacheHandle>& cache) {
-  auto handle = hold(cache->runtime, std::make_unique<ReaderHandle>(cache, std::make_unique<SequenceReader>(cache->core)));
+  auto handle = hold(cache->runtime,
+                     std::make_unique<ReaderHandle>(cache, std::make_unique<SequenceReader>(cache->core)));
   return Instance::of(env).reader.New({Napi::External<std::shared_ptr<ReaderHandle>>::New(env, &handle)});
 }
 
@@ -72,7 +77,8 @@ Napi::Value ReaderObject::create(Napi::Env env, const std::shared_ptr<CacheHandl
 Napi::Value ReaderObject::feed(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const CallMode mode = read_mode(info);
-    if (!info[2].IsTypedArray() || info[2].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) refuse("A saved sequence comes in Uint8Arrays.");
+    if (!info[2].IsTypedArray() || info[2].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
+      refuse("A saved sequence comes in Uint8Arrays.");
     const Napi::Uint8Array array = info[2].As<Napi::Uint8Array>();
     const std::uint8_t* data = array.Data();
     const std::size_t size = array.ElementLength();
@@ -81,7 +87,8 @@ Napi::Value ReaderObject::feed(const Napi::CallbackInfo& info) {
       copy->assign(data, data + size);
       data = copy->data();
     }
-    return dispatch(info.Env(), mode, checked(handle_)->cache, [handle = handle_, copy, data, size] { handle->core->feed(data, size); });
+    return dispatch(info.Env(), mode, checked(handle_)->cache,
+                    [handle = handle_, copy, data, size] { handle->core->feed(data, size); });
   });
 }
 
@@ -93,7 +100,8 @@ Napi::Value ReaderObject::finish(const Napi::CallbackInfo& info) {
         info.Env(), read_mode(info), checked(handle_)->cache,
         [handle = handle_, made] {
           auto sequence = handle->core->finish();
-          if (!sequence) throw Error(ErrorCode::kInvalidArgument, "The reader has already given its sequence away.");
+          if (!sequence)
+            throw Error(ErrorCode::kInvalidArgument, "The reader has already given its sequence away.");
           *made = hold_sequence(handle->cache, std::move(sequence));
         },
         [made](Napi::Env env) { return SequenceObject::wrap(env, *made); });

@@ -1,6 +1,8 @@
-// The seam between the core, which decides, and a device, which moves and computes: cpu/ implements it, cuda/ will.
+// The seam between the core, which decides, and a device, which moves and computes: cpu/ implements it, cuda/
+// will.
 //
-// Arguments are plain structs of pointers into memory that the backend itself allocated, unless marked "host".
+// Arguments are plain structs of pointers into memory that the backend itself allocated, unless marked
+// "host".
 #pragma once
 
 #include <atomic>
@@ -19,9 +21,9 @@ namespace innerkv {
 
 /// 128 consecutive token indices of one KV head of one layer.
 struct Page {
-  Slot bytes;                         // PageLayout
-  std::uint64_t removed[2] = {0, 0};  // bit per slot: evicted by hand
-  std::vector<Slot> k_zeros, v_zeros; // extents of kZeroExtent compact zero points
+  Slot bytes;                          // PageLayout
+  std::uint64_t removed[2] = {0, 0};   // bit per slot: evicted by hand
+  std::vector<Slot> k_zeros, v_zeros;  // extents of kZeroExtent compact zero points
   int k_zero_count = 0, v_zero_count = 0;
 
   bool is_removed(int slot) const { return removed[slot / 64] >> (slot % 64) & 1u; }
@@ -31,23 +33,26 @@ struct Page {
 struct HeadView {
   const LayerScheme* scheme = nullptr;
   const Basis* basis = nullptr;  // nullptr: keys are stored as they came
-  const std::shared_ptr<Page>* pages = nullptr;  // [n_pages]; an entry is null when all its tokens were removed
-  int tokens = 0;                // appended tokens, windows included
-  int sink = 0;                  // tokens of the sink window in use
+  const std::shared_ptr<Page>* pages =
+      nullptr;                           // [n_pages]; an entry is null when all its tokens were removed
+  int tokens = 0;                        // appended tokens, windows included
+  int sink = 0;                          // tokens of the sink window in use
   int k_quantised = 0, v_quantised = 0;  // token indices below live in pages
   const std::uint16_t *sink_k = nullptr, *sink_v = nullptr;  // [sink][D] binary16
-  const std::uint16_t *ring_k = nullptr, *ring_v = nullptr;  // [ring][D] binary16, token index t at row t % ring
+  const std::uint16_t *ring_k = nullptr,
+                      *ring_v = nullptr;  // [ring][D] binary16, token index t at row t % ring
   int ring = 1;
 };
 
-/// Quantises consecutive tokens of one head into one page. K and V ranges may differ (values may flush 32 at a time).
+/// Quantises consecutive tokens of one head into one page. K and V ranges may differ (values may flush 32 at
+/// a time).
 struct QuantiseJob {
   const LayerScheme* scheme;
   const Basis* basis;
   Page* page;
   int page_index;
-  int sink;                           // positions = sink + token index
-  int k_first = 0, k_count = 0;       // slots
+  int sink;                      // positions = sink + token index
+  int k_first = 0, k_count = 0;  // slots
   int v_first = 0, v_count = 0;
   const std::uint16_t *k = nullptr, *v = nullptr;  // [count][D] binary16
 };
@@ -57,14 +62,15 @@ struct AttendRequest {
   std::span<const HeadView> heads;  // [kv_heads]
   const float* q = nullptr;         // [q_tokens][query_heads][D]
   float* out = nullptr;             // the same shape
-  float* lse = nullptr;             // [q_tokens][query_heads] natural log-sum-exp of the scaled logits, or nullptr
-  float* logits = nullptr;          // [q_tokens][query_heads][tokens], -inf where masked, or nullptr
+  float* lse = nullptr;     // [q_tokens][query_heads] natural log-sum-exp of the scaled logits, or nullptr
+  float* logits = nullptr;  // [q_tokens][query_heads][tokens], -inf where masked, or nullptr
   int q_tokens = 0;
   int sliding_window = 0;  // 0 = unlimited
   bool causal = true;
 };
 
-/// Plain attention over uncompressed K and V: the baseline of the benchmarks, exact prefill, and the 16-bit truth of the demo.
+/// Plain attention over uncompressed K and V: the baseline of the benchmarks, exact prefill, and the 16-bit
+/// truth of the demo.
 struct DenseRequest {
   const void *k = nullptr, *v = nullptr;  // [kv_heads][tokens][D]
   bool half = false;                      // binary16 instead of float32
@@ -86,13 +92,16 @@ class Backend {
   virtual void clear_memory(void* memory, std::size_t bytes) noexcept = 0;
   virtual void copy_memory(void* to, const void* from, std::size_t bytes) noexcept = 0;
 
-  virtual void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs, const RotationTable& rotations) = 0;
+  virtual void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
+                        const RotationTable& rotations) = 0;
   /// Returns false when `aborted` became true before everything was computed (outputs are then unspecified).
-  virtual bool attend(const CacheConfig& config, std::span<const AttendRequest> requests, const RotationTable& rotations,
-                      const std::atomic<bool>* aborted) = 0;
+  virtual bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
+                      const RotationTable& rotations, const std::atomic<bool>* aborted) = 0;
   virtual void attend_dense(const DenseRequest& request) = 0;
-  /// What page `page` holds, decoded to the space of the input: k, v [128][D] float32, zero where nothing is stored.
-  virtual void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k, float* v) = 0;
+  /// What page `page` holds, decoded to the space of the input: k, v [128][D] float32, zero where nothing is
+  /// stored.
+  virtual void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations,
+                      float* k, float* v) = 0;
 };
 
 }  // namespace innerkv

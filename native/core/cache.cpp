@@ -15,7 +15,10 @@ CacheConfig validated(CacheConfig config) {
 }  // namespace
 
 Cache::Cache(std::shared_ptr<Backend> backend, CacheConfig config)
-    : backend_(std::move(backend)), config_(validated(std::move(config))), prints_(fingerprints(config_)), rotations_(config_.rope, config_.head_dim),
+    : backend_(std::move(backend)),
+      config_(validated(std::move(config))),
+      prints_(fingerprints(config_)),
+      rotations_(config_.rope, config_.head_dim),
       pool_(*backend_, config_.budget_bytes) {}
 
 std::unique_ptr<Sequence> Cache::sequence() { return std::make_unique<Sequence>(shared_from_this()); }
@@ -24,17 +27,21 @@ Estimate estimate(const CacheConfig& config, std::int64_t tokens, std::int64_t s
   validate(config);
   require(tokens >= 0 && sequences >= 0, "tokens and sequences must not be negative.");
   Estimate sum{};
-  const std::size_t heads = static_cast<std::size_t>(config.kv_heads), D = static_cast<std::size_t>(config.head_dim), many = static_cast<std::size_t>(sequences);
+  const std::size_t heads = static_cast<std::size_t>(config.kv_heads),
+                    D = static_cast<std::size_t>(config.head_dim), many = static_cast<std::size_t>(sequences);
   for (int layer = 0; layer < config.layers; ++layer) {
     const LayerScheme& scheme = config.scheme(layer);
     const PageLayout page(scheme.k, scheme.v, config.head_dim);
     const std::int64_t body = tokens - scheme.sink - scheme.recent;
-    const std::size_t pages = body > 0 ? static_cast<std::size_t>((body + kPageTokens - 1) / kPageTokens) * heads * many : 0;
+    const std::size_t pages =
+        body > 0 ? static_cast<std::size_t>((body + kPageTokens - 1) / kPageTokens) * heads * many : 0;
     for (const TensorLayout* tensor : {&page.k, &page.v}) {
-      const std::size_t scales = std::size_t{2} * static_cast<std::size_t>(tensor->scales()), dense = tensor->spec.dense_zeros() ? scales : 0;
+      const std::size_t scales = std::size_t{2} * static_cast<std::size_t>(tensor->scales()),
+                        dense = tensor->spec.dense_zeros() ? scales : 0;
       sum.code_bytes += pages * tensor->code_bytes();
       sum.scale_bytes += pages * scales;
-      sum.zero_bytes += pages * (tensor->spec.compact_zeros() ? scales : dense);  // compact ones: at worst one a group
+      sum.zero_bytes +=
+          pages * (tensor->spec.compact_zeros() ? scales : dense);  // compact ones: at worst one a group
       sum.padding_bytes += pages * (tensor->bytes() - tensor->code_bytes() - scales - dense);
     }
     sum.window_bytes += tokens > 0 ? config.window_bytes(scheme) * many : 0;

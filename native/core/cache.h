@@ -1,5 +1,6 @@
-// A cache: configuration, memory budget and the sequences that live in it. It decides what is stored where; the backend
-// moves and computes. Calls on one cache must not overlap (the addon runs them one after another).
+// A cache: configuration, memory budget and the sequences that live in it. It decides what is stored where;
+// the backend moves and computes. Calls on one cache must not overlap (the addon runs them one after
+// another).
 //
 // Every call either succeeds or throws Error and leaves cache and sequence as they were.
 #pragma once
@@ -36,7 +37,8 @@ class Cache : public std::enable_shared_from_this<Cache> {
   Pool pool_;
 };
 
-/// Bytes of a cache that holds `tokens` tokens in each of `sequences` sequences, by part; nothing is allocated.
+/// Bytes of a cache that holds `tokens` tokens in each of `sequences` sequences, by part; nothing is
+/// allocated.
 struct Estimate {
   std::size_t window_bytes, code_bytes, scale_bytes, zero_bytes, padding_bytes, fp16_bytes;
 };

@@ -18,9 +18,9 @@ struct RopeConfig {
 
 /// Change of basis of one KV head's keys. Empty vectors switch a step off. docs/format.md sections 5 and 6.
 struct Basis {
-  std::vector<float> mean;      // [D]
-  std::vector<float> lam;       // [D], > 0
-  std::vector<float> inv_lam;   // [D], float32(1 / lam)
+  std::vector<float> mean;     // [D]
+  std::vector<float> lam;      // [D], > 0
+  std::vector<float> inv_lam;  // [D], float32(1 / lam)
   // Error feedback, everything in the order in which channels are rounded:
   std::vector<std::uint8_t> order;  // [D] a permutation of the channels
   std::vector<float> metric;        // W [D][D], symmetric
@@ -30,8 +30,8 @@ struct Basis {
 
 struct LayerScheme {
   TensorSpec k, v;
-  int sink = 32;    // first tokens kept in 16 bits
-  int recent = 96;  // newest tokens kept in 16 bits, at least
+  int sink = 32;         // first tokens kept in 16 bits
+  int recent = 96;       // newest tokens kept in 16 bits, at least
   int block_tokens = 0;  // B of block-relative keys; 0 = keys keep their absolute rotation
   bool hadamard_k = false, hadamard_v = false;
   bool online_mean = false, online_lambda = false;  // statistics of the sequence's own first tokens
@@ -58,19 +58,21 @@ struct LayerScheme {
 
 struct CacheConfig {
   int layers = 0, query_heads = 0, kv_heads = 0, head_dim = 0;
-  std::vector<LayerScheme> schemes;       // distinct schemes
-  std::vector<int> scheme_of_layer;       // [layers] index into schemes
-  std::vector<int> window_of_layer;       // [layers] sliding attention window in tokens, 0 = unlimited
+  std::vector<LayerScheme> schemes;  // distinct schemes
+  std::vector<int> scheme_of_layer;  // [layers] index into schemes
+  std::vector<int> window_of_layer;  // [layers] sliding attention window in tokens, 0 = unlimited
   RopeConfig rope;
   std::size_t budget_bytes = 0;
   float softmax_scale = 0;  // multiplies q.k
   float softcap = 0;        // 0 = none
 
-  const LayerScheme& scheme(int layer) const { return schemes[static_cast<std::size_t>(scheme_of_layer[static_cast<std::size_t>(layer)])]; }
+  const LayerScheme& scheme(int layer) const {
+    return schemes[static_cast<std::size_t>(scheme_of_layer[static_cast<std::size_t>(layer)])];
+  }
   int group_size() const { return query_heads / kv_heads; }
   std::size_t window_bytes(const LayerScheme& scheme) const {
-    return std::size_t{2} * 2 * static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(scheme.sink + scheme.ring_tokens()) *
-           static_cast<std::size_t>(head_dim);
+    return std::size_t{2} * 2 * static_cast<std::size_t>(kv_heads) *
+           static_cast<std::size_t>(scheme.sink + scheme.ring_tokens()) * static_cast<std::size_t>(head_dim);
   }
 };
 
@@ -79,8 +81,8 @@ inline constexpr std::size_t kMaxClip = 8;
 /// Throws Error{kInvalidArgument or kUnsupported} unless every field is usable.
 void validate(const CacheConfig& config);
 
-/// Hashes of what gives stored bytes their meaning: the format with everything around it, and the given bases apart, so
-/// that a file made with another basis can be told from a file of another cache.
+/// Hashes of what gives stored bytes their meaning: the format with everything around it, and the given bases
+/// apart, so that a file made with another basis can be told from a file of another cache.
 struct Fingerprints {
   std::uint64_t format, basis;
 };

@@ -1,4 +1,5 @@
-// Native failures. The addon turns each into a KvError with the code ERR_INNERKV_<NAME>; nothing else is thrown on purpose.
+// Native failures. The addon turns each into a KvError with the code ERR_INNERKV_<NAME>; nothing else is
+// thrown on purpose.
 #pragma once
 
 #include <stdexcept>
@@ -21,15 +22,24 @@ enum class ErrorCode {
 
 constexpr const char* error_code_name(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kInvalidArgument: return "ERR_INNERKV_INVALID_ARGUMENT";
-    case ErrorCode::kNotFinite: return "ERR_INNERKV_NOT_FINITE";
-    case ErrorCode::kOutOfMemory: return "ERR_INNERKV_OUT_OF_MEMORY";
-    case ErrorCode::kUnsupported: return "ERR_INNERKV_UNSUPPORTED";
-    case ErrorCode::kDisposed: return "ERR_INNERKV_DISPOSED";
-    case ErrorCode::kCorrupt: return "ERR_INNERKV_CORRUPT";
-    case ErrorCode::kBasisMismatch: return "ERR_INNERKV_BASIS_MISMATCH";
-    case ErrorCode::kAborted: return "ERR_INNERKV_ABORTED";
-    case ErrorCode::kInternal: break;
+    case ErrorCode::kInvalidArgument:
+      return "ERR_INNERKV_INVALID_ARGUMENT";
+    case ErrorCode::kNotFinite:
+      return "ERR_INNERKV_NOT_FINITE";
+    case ErrorCode::kOutOfMemory:
+      return "ERR_INNERKV_OUT_OF_MEMORY";
+    case ErrorCode::kUnsupported:
+      return "ERR_INNERKV_UNSUPPORTED";
+    case ErrorCode::kDisposed:
+      return "ERR_INNERKV_DISPOSED";
+    case ErrorCode::kCorrupt:
+      return "ERR_INNERKV_CORRUPT";
+    case ErrorCode::kBasisMismatch:
+      return "ERR_INNERKV_BASIS_MISMATCH";
+    case ErrorCode::kAborted:
+      return "ERR_INNERKV_ABORTED";
+    case ErrorCode::kInternal:
+      break;
   }
   return "ERR_INNERKV_INTERNAL";
 }

@@ -38,17 +38,20 @@ Pool::Pool(Backend& backend, std::size_t budget_bytes) : backend_(backend), budg
 
 Pool::~Pool() {
   for (auto& [bytes, cls] : classes_)
-    for (auto& slab : cls->slabs) backend_.free_memory(slab->memory, bytes * static_cast<std::size_t>(slab->slots));
+    for (auto& slab : cls->slabs)
+      backend_.free_memory(slab->memory, bytes * static_cast<std::size_t>(slab->slots));
 }
 
 Slot::Slab* Pool::grow(SizeClass& cls) {
-  const std::size_t wanted = std::max(std::size_t{1}, std::min(kSlabBytes, budget_ / kSlabsInBudget) / cls.bytes);
+  const std::size_t wanted =
+      std::max(std::size_t{1}, std::min(kSlabBytes, budget_ / kSlabsInBudget) / cls.bytes);
   if (budget_ - reserved_ < cls.bytes) release_idle_slabs(cls.bytes);
   const std::size_t slots = std::min(wanted, (budget_ - reserved_) / cls.bytes);
   if (slots == 0)
-    throw Error(ErrorCode::kOutOfMemory, "The cache's memory budget of " + std::to_string(budget_) + " bytes is used up: " +
-                                             std::to_string(used_) + " bytes are held, " + std::to_string(cls.bytes) +
-                                             " more are needed. Dispose or truncate sequences, or create the cache with more memory.");
+    throw Error(ErrorCode::kOutOfMemory,
+                "The cache's memory budget of " + std::to_string(budget_) + " bytes is used up: " +
+                    std::to_string(used_) + " bytes are held, " + std::to_string(cls.bytes) +
+                    " more are needed. Dispose or truncate sequences, or create the cache with more memory.");
   auto slab = std::make_unique<Slot::Slab>();
   slab->free.reserve(slots);
   cls.slabs.reserve(cls.slabs.size() + 1);

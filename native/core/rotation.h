@@ -1,4 +1,5 @@
-// Rotations R(-P) of block-relative keys: cos and sin of P * theta, rounded once to float32. docs/format.md section 5.
+// Rotations R(-P) of block-relative keys: cos and sin of P * theta, rounded once to float32. docs/format.md
+// section 5.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,8 @@
 
 namespace innerkv {
 
-/// R(-P) as  y[c] = x[c] * cos[c] + x[partner(c)] * sin[c]  with the signs in `sin`; 1 and 0 beyond the rotary dimensions.
+/// R(-P) as  y[c] = x[c] * cos[c] + x[partner(c)] * sin[c]  with the signs in `sin`; 1 and 0 beyond the
+/// rotary dimensions.
 struct Rotation {
   std::vector<float> cos, sin;  // [head_dim]
 };
@@ -23,7 +25,8 @@ class RotationTable {
 
   const RopeConfig& rope() const { return rope_; }
 
-  /// The rotation back from position P, computed on first use. Safe from several threads; references stay valid.
+  /// The rotation back from position P, computed on first use. Safe from several threads; references stay
+  /// valid.
   const Rotation& at(std::int64_t position) const {
     const std::lock_guard lock(mutex_);
     auto& entry = table_[position];
@@ -40,7 +43,8 @@ class RotationTable {
 
  private:
   Rotation make(std::int64_t position) const {
-    Rotation rotation{std::vector<float>(static_cast<std::size_t>(head_dim_), 1.0f), std::vector<float>(static_cast<std::size_t>(head_dim_), 0.0f)};
+    Rotation rotation{std::vector<float>(static_cast<std::size_t>(head_dim_), 1.0f),
+                      std::vector<float>(static_cast<std::size_t>(head_dim_), 0.0f)};
     const std::size_t pairs = rope_.theta.size();
     for (std::size_t i = 0; i < pairs; ++i) {
       const double angle = static_cast<double>(position) * rope_.theta[i];
@@ -60,7 +64,8 @@ class RotationTable {
 
 /// First position of the block that holds token index t.
 constexpr std::int64_t block_position(int sink, int block_tokens, int token_index) {
-  return static_cast<std::int64_t>(sink) + static_cast<std::int64_t>(token_index / block_tokens) * block_tokens;
+  return static_cast<std::int64_t>(sink) +
+         static_cast<std::int64_t>(token_index / block_tokens) * block_tokens;
 }
 
 }  // namespace innerkv

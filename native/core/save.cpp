@@ -1,3 +1,4 @@
+// Long file: writer and reader of one format, read side by side.
 #include "save.h"
 
 #include <algorithm>
@@ -19,7 +20,10 @@ constexpr std::size_t kPrefix = 16, kChunkHead = 16, kEndBytes = 16, kCrc = 4;
 
 std::size_t at(int i) { return static_cast<std::size_t>(i); }
 
-[[noreturn]] void corrupt(const char* what) { throw Error(ErrorCode::kCorrupt, std::string("The saved sequence is damaged or not one of ours: ") + what + "."); }
+[[noreturn]] void corrupt(const char* what) {
+  throw Error(ErrorCode::kCorrupt,
+              std::string("The saved sequence is damaged or not one of ours: ") + what + ".");
+}
 void intact(bool condition, const char* what) {
   if (!condition) corrupt(what);
 }
@@ -60,12 +64,14 @@ class In {
   }
   void halves(std::uint16_t* to, std::size_t count) {
     bytes(to, 2 * count);
-    for (std::size_t i = 0; i < count; ++i) intact(half_is_finite(to[i]), "a window holds a number that is not finite");
+    for (std::size_t i = 0; i < count; ++i)
+      intact(half_is_finite(to[i]), "a window holds a number that is not finite");
   }
   std::vector<float> floats(std::size_t count, bool positive) {
     std::vector<float> values(count);
     bytes(values.data(), sizeof(float) * count);
-    for (const float value : values) intact(std::isfinite(value) && (!positive || value > 0), "a statistic is out of range");
+    for (const float value : values)
+      intact(std::isfinite(value) && (!positive || value > 0), "a statistic is out of range");
     return values;
   }
   bool empty() const { return size_ == 0; }
@@ -82,7 +88,9 @@ T peek(const std::uint8_t* at) {
   return value;
 }
 
-int pages_of(const LayerState& state) { return (std::max(state.reach.k, state.reach.v) + kPageTokens - 1) / kPageTokens; }
+int pages_of(const LayerState& state) {
+  return (std::max(state.reach.k, state.reach.v) + kPageTokens - 1) / kPageTokens;
+}
 
 /// Tokens that live in the K and V rings.
 int ring_k(const LayerState& state) { return std::max(0, state.tokens - state.reach.sink) - state.reach.k; }
@@ -90,10 +98,13 @@ int ring_v(const LayerState& state) { return std::max(0, state.tokens - state.re
 
 int slots_of(int quantised, int page) { return std::clamp(quantised - page * kPageTokens, 0, kPageTokens); }
 
-/// Scales and dense zero points that belong to the first `slots` slots must be finite; returns the compact zero points owned.
+/// Scales and dense zero points that belong to the first `slots` slots must be finite; returns the compact
+/// zero points owned.
 int check_tensor(const TensorLayout& tensor, const std::uint8_t* base, int slots) {
   if (tensor.spec.raw()) {
-    for (int i = 0; i < slots * tensor.head_dim; ++i) intact(half_is_finite(peek<std::uint16_t>(base + 2 * at(i))), "a 16-bit page holds a number that is not finite");
+    for (int i = 0; i < slots * tensor.head_dim; ++i)
+      intact(half_is_finite(peek<std::uint16_t>(base + 2 * at(i))),
+             "a 16-bit page holds a number that is not finite");
     return 0;
   }
   int zeros = 0;
@@ -103,7 +114,9 @@ int check_tensor(const TensorLayout& tensor, const std::uint8_t* base, int slots
       const std::size_t index = 2 * at(tensor.scale_index(slot, g));
       const auto scale = peek<std::uint16_t>(base + tensor.scales_at() + index);
       intact(half_is_finite(scale), "a scale is not finite");
-      if (tensor.spec.dense_zeros()) intact(half_is_finite(peek<std::uint16_t>(base + tensor.zeros_at() + index)), "a zero point is not finite");
+      if (tensor.spec.dense_zeros())
+        intact(half_is_finite(peek<std::uint16_t>(base + tensor.zeros_at() + index)),
+               "a zero point is not finite");
       if (tensor.spec.compact_zeros()) zeros += scale >> 15;
     }
   return zeros;
@@ -111,7 +124,9 @@ int check_tensor(const TensorLayout& tensor, const std::uint8_t* base, int slots
 
 }  // namespace
 
-int SequenceWriter::pieces() const { return 2 + sequence_->cache().config().layers * sequence_->cache().config().kv_heads; }
+int SequenceWriter::pieces() const {
+  return 2 + sequence_->cache().config().layers * sequence_->cache().config().kv_heads;
+}
 
 std::vector<std::uint8_t> SequenceWriter::next() {
   const int piece = piece_++, heads = sequence_->cache().config().kv_heads;
@@ -132,7 +147,9 @@ std::vector<std::uint8_t> SequenceWriter::header() const {
   body.put(static_cast<std::uint32_t>(cache.config().layers));
   body.put(static_cast<std::uint32_t>(cache.config().kv_heads));
   for (const LayerState& state : sequence_->layers_)
-    for (const int number : {state.tokens, state.reach.sink, state.reach.k, state.reach.v, state.online ? 1 : 0}) body.put(static_cast<std::int32_t>(number));
+    for (const int number :
+         {state.tokens, state.reach.sink, state.reach.k, state.reach.v, state.online ? 1 : 0})
+      body.put(static_cast<std::int32_t>(number));
   std::vector<std::uint8_t> bytes = body.sealed();
   bytes.resize(bytes.size() - kCrc);
   Out out;
@@ -173,9 +190,11 @@ std::vector<std::uint8_t> SequenceWriter::chunk(int layer, int head) const {
     body.put(page->removed[0]);
     body.put(page->removed[1]);
     body.bytes(page->bytes.data(), layout.bytes());
-    const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base, const std::vector<Slot>& extents, int slots) {
+    const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base,
+                           const std::vector<Slot>& extents, int slots) {
       const int count = check_tensor(tensor, base, slots);
-      for (int z = 0; z < count; ++z) body.put(peek<std::uint16_t>(extents[at(z / kZeroExtent)].data() + 2 * at(z % kZeroExtent)));
+      for (int z = 0; z < count; ++z)
+        body.put(peek<std::uint16_t>(extents[at(z / kZeroExtent)].data() + 2 * at(z % kZeroExtent)));
     };
     zeros(layout.k, page->bytes.data() + layout.k_at(), page->k_zeros, slots_of(state.reach.k, i));
     zeros(layout.v, page->bytes.data() + layout.v_at(), page->v_zeros, slots_of(state.reach.v, i));
@@ -190,7 +209,8 @@ std::vector<std::uint8_t> SequenceWriter::chunk(int layer, int head) const {
   return out.sealed();
 }
 
-SequenceReader::SequenceReader(std::shared_ptr<Cache> cache) : cache_(std::move(cache)), sequence_(cache_->sequence()), online_(at(cache_->config().layers)) {}
+SequenceReader::SequenceReader(std::shared_ptr<Cache> cache)
+    : cache_(std::move(cache)), sequence_(cache_->sequence()), online_(at(cache_->config().layers)) {}
 
 void SequenceReader::feed(const std::uint8_t* data, std::size_t size) {
   intact(stage_ != Stage::kDone || size == 0, "there is something after its end");
@@ -209,10 +229,14 @@ std::unique_ptr<Sequence> SequenceReader::finish() {
 
 bool SequenceReader::step() {
   switch (stage_) {
-    case Stage::kHeader: return read_header();
-    case Stage::kChunks: return read_chunk();
-    case Stage::kEnd: return read_end();
-    case Stage::kDone: break;
+    case Stage::kHeader:
+      return read_header();
+    case Stage::kChunks:
+      return read_chunk();
+    case Stage::kEnd:
+      return read_end();
+    case Stage::kDone:
+      break;
   }
   return false;
 }
@@ -225,10 +249,16 @@ bool SequenceReader::read_header() {
   if (size < kPrefix) return false;
   const auto version = peek<std::uint32_t>(data + 8), body = peek<std::uint32_t>(data + 12);
   const std::size_t expected = 24 + std::size_t{20} * at(cache_->config().layers);
-  if (version != kSaveVersion) throw Error(ErrorCode::kCorrupt, "The saved sequence has version " + std::to_string(version) + "; this library reads version " + std::to_string(kSaveVersion) + ".");
-  if (body != expected) throw Error(ErrorCode::kInvalidArgument, "The saved sequence has another number of layers than this cache, or a damaged head.");
+  if (version != kSaveVersion)
+    throw Error(ErrorCode::kCorrupt, "The saved sequence has version " + std::to_string(version) +
+                                         "; this library reads version " + std::to_string(kSaveVersion) +
+                                         ".");
+  if (body != expected)
+    throw Error(ErrorCode::kInvalidArgument,
+                "The saved sequence has another number of layers than this cache, or a damaged head.");
   if (size < kPrefix + body + kCrc) return false;
-  intact(crc32c(data, kPrefix + body) == peek<std::uint32_t>(data + kPrefix + body), "the checksum of its head is wrong");
+  intact(crc32c(data, kPrefix + body) == peek<std::uint32_t>(data + kPrefix + body),
+         "the checksum of its head is wrong");
   parse_layers(data + kPrefix, body);
   used_ += kPrefix + body + kCrc;
   stage_ = Stage::kChunks;
@@ -241,18 +271,27 @@ void SequenceReader::parse_layers(const std::uint8_t* data, std::size_t size) {
   const Fingerprints prints = cache_->prints();
   const auto format = in.get<std::uint64_t>(), basis = in.get<std::uint64_t>();
   const auto layers = in.get<std::uint32_t>(), heads = in.get<std::uint32_t>();
-  if (format != prints.format || layers != static_cast<std::uint32_t>(config.layers) || heads != static_cast<std::uint32_t>(config.kv_heads))
-    throw Error(ErrorCode::kInvalidArgument, "The saved sequence belongs to a cache of another shape, scheme, window or rope than this one.");
+  if (format != prints.format || layers != static_cast<std::uint32_t>(config.layers) ||
+      heads != static_cast<std::uint32_t>(config.kv_heads))
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "The saved sequence belongs to a cache of another shape, scheme, window or rope than this one.");
   if (basis != prints.basis)
-    throw Error(ErrorCode::kBasisMismatch, "The saved sequence was quantised with another calibration basis. Use the calibration file it was made with.");
+    throw Error(ErrorCode::kBasisMismatch,
+                "The saved sequence was quantised with another calibration basis. Use the calibration file "
+                "it was made with.");
   for (int layer = 0; layer < config.layers; ++layer) {
     LayerState& state = sequence_->layers_[at(layer)];
     const LayerScheme& scheme = config.scheme(layer);
-    const int tokens = in.get<std::int32_t>(), sink = in.get<std::int32_t>(), k = in.get<std::int32_t>(), v = in.get<std::int32_t>(), online = in.get<std::int32_t>();
-    intact(tokens >= 0 && tokens <= (1 << 30) && sink >= 0 && sink <= scheme.sink, "its counts are out of range");
-    intact(sink == scheme.sink || (scheme.released_windows && sink <= tokens) || (tokens == 0 && sink == 0), "its sink window does not fit");
+    const int tokens = in.get<std::int32_t>(), sink = in.get<std::int32_t>(), k = in.get<std::int32_t>(),
+              v = in.get<std::int32_t>(), online = in.get<std::int32_t>();
+    intact(tokens >= 0 && tokens <= (1 << 30) && sink >= 0 && sink <= scheme.sink,
+           "its counts are out of range");
+    intact(sink == scheme.sink || (scheme.released_windows && sink <= tokens) || (tokens == 0 && sink == 0),
+           "its sink window does not fit");
     const int body = std::max(0, tokens - sink), ring = scheme.ring_tokens();
-    intact(k >= 0 && v >= 0 && k <= body && v <= body && body - k <= ring && body - v <= ring, "its windows do not fit");
+    intact(k >= 0 && v >= 0 && k <= body && v <= body && body - k <= ring && body - v <= ring,
+           "its windows do not fit");
     intact(k % scheme.k.flush_tokens() == 0 && v % scheme.v.flush_tokens() == 0, "its groups are not whole");
     intact(online == (scheme.online() && (k > 0 || v > 0) ? 1 : 0), "its statistics are missing or unwanted");
     state.tokens = tokens;
@@ -267,7 +306,9 @@ std::size_t SequenceReader::chunk_limit(int layer) const {
   const LayerState& state = sequence_->layers_[at(layer)];
   const PageLayout layout(config.scheme(layer).k, config.scheme(layer).v, config.head_dim);
   const std::size_t page = 17 + layout.bytes() + std::size_t{2} * at(layout.k.scales() + layout.v.scales());
-  return std::size_t{16} * at(config.head_dim) * (at(state.reach.sink) + at(config.scheme(layer).ring_tokens()) + 1) + page * at(pages_of(state));
+  return std::size_t{16} * at(config.head_dim) *
+             (at(state.reach.sink) + at(config.scheme(layer).ring_tokens()) + 1) +
+         page * at(pages_of(state));
 }
 
 bool SequenceReader::read_chunk() {
@@ -276,11 +317,14 @@ bool SequenceReader::read_chunk() {
   const std::size_t size = pending_.size() - used_;
   if (size < kChunkHead) return false;
   const int layer = chunk_ / config.kv_heads, head = chunk_ % config.kv_heads;
-  intact(peek<std::uint32_t>(data) == static_cast<std::uint32_t>(layer) && peek<std::uint32_t>(data + 4) == static_cast<std::uint32_t>(head), "its parts are out of order");
+  intact(peek<std::uint32_t>(data) == static_cast<std::uint32_t>(layer) &&
+             peek<std::uint32_t>(data + 4) == static_cast<std::uint32_t>(head),
+         "its parts are out of order");
   const auto body = peek<std::uint64_t>(data + 8);
   intact(body <= chunk_limit(layer), "a part is too long");
   if (size < kChunkHead + body + kCrc) return false;
-  intact(crc32c(data, kChunkHead + body) == peek<std::uint32_t>(data + kChunkHead + body), "the checksum of a part is wrong");
+  intact(crc32c(data, kChunkHead + body) == peek<std::uint32_t>(data + kChunkHead + body),
+         "the checksum of a part is wrong");
   parse_chunk(layer, head, data + kChunkHead, body);
   used_ += kChunkHead + body + kCrc;
   if (++chunk_ == config.layers * config.kv_heads) stage_ = Stage::kEnd;
@@ -314,14 +358,16 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
     }
     auto& bases = online_[at(layer)];
     bases.push_back(std::move(basis));
-    if (head == config.kv_heads - 1) state.online = std::make_shared<const std::vector<Basis>>(std::move(bases));
+    if (head == config.kv_heads - 1)
+      state.online = std::make_shared<const std::vector<Basis>>(std::move(bases));
   }
   const PageLayout layout(scheme.k, scheme.v, config.head_dim);
   const bool removable = scheme.per_token() && !scheme.k.compact_zeros() && !scheme.v.compact_zeros();
   for (int i = 0; i < pages_of(state); ++i) {
     const auto present = in.get<std::uint8_t>();
     const int k_slots = slots_of(state.reach.k, i), v_slots = slots_of(state.reach.v, i);
-    intact(present == 1 || (present == 0 && removable && k_slots == kPageTokens && v_slots == kPageTokens), "a page is missing");
+    intact(present == 1 || (present == 0 && removable && k_slots == kPageTokens && v_slots == kPageTokens),
+           "a page is missing");
     auto& table = state.pages[at(head)];
     table.push_back(nullptr);
     if (!present) {
@@ -338,7 +384,8 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
         state.removed += slot < std::min(k_slots, v_slots);
       }
     in.bytes(page->bytes.data(), layout.bytes());
-    const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base, std::vector<Slot>& extents, int slots) {
+    const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base, std::vector<Slot>& extents,
+                           int slots) {
       const int count = check_tensor(tensor, base, slots);
       for (int z = 0; z < count; ++z) {
         if (z % kZeroExtent == 0) extents.push_back(cache_->pool().take(2 * kZeroExtent));
@@ -357,7 +404,8 @@ bool SequenceReader::read_end() {
   const std::uint8_t* data = pending_.data() + used_;
   if (pending_.size() - used_ < kEndBytes) return false;
   const int chunks = cache_->config().layers * cache_->config().kv_heads;
-  intact(std::memcmp(data, kEndMagic, 8) == 0 && peek<std::uint32_t>(data + 8) == static_cast<std::uint32_t>(chunks) &&
+  intact(std::memcmp(data, kEndMagic, 8) == 0 &&
+             peek<std::uint32_t>(data + 8) == static_cast<std::uint32_t>(chunks) &&
              crc32c(data, kEndBytes - kCrc) == peek<std::uint32_t>(data + kEndBytes - kCrc),
          "its end mark is wrong");
   used_ += kEndBytes;

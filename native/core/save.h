@@ -3,8 +3,8 @@
 //   "INKVSEQ1"  u32 version  u32 header bytes  header  u32 crc32c of all before
 //   per layer, per KV head:  u32 layer  u32 head  u64 payload bytes  payload  u32 crc32c of the chunk
 //   "INKVEND1"  u32 number of chunks  u32 crc32c of the end mark
-// Numbers are little endian. A reader accepts nothing it does not know and builds the sequence aside, so that a bad file
-// changes nothing.
+// Numbers are little endian. A reader accepts nothing it does not know and builds the sequence aside, so that
+// a bad file changes nothing.
 #pragma once
 
 #include <cstddef>
@@ -34,8 +34,8 @@ class SequenceWriter {
   int piece_ = 0;
 };
 
-/// Takes the stream in pieces of any size. Throws Error{kCorrupt}, {kBasisMismatch}, {kInvalidArgument} (a file of another
-/// cache) or {kOutOfMemory}; after an error the reader is of no further use.
+/// Takes the stream in pieces of any size. Throws Error{kCorrupt}, {kBasisMismatch}, {kInvalidArgument} (a
+/// file of another cache) or {kOutOfMemory}; after an error the reader is of no further use.
 class SequenceReader {
  public:
   explicit SequenceReader(std::shared_ptr<Cache> cache);

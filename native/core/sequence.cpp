@@ -1,3 +1,4 @@
+// Long file: one class whose operations share the window and page bookkeeping.
 #include "sequence.h"
 
 #include <algorithm>
@@ -31,11 +32,14 @@ int count_zeros(const TensorLayout& tensor, const std::uint8_t* base, int slots)
   return zeros;
 }
 
-/// Reserves extents for the worst case of `slots` more slots; give_back_extents() returns what was not needed.
-void reserve_extents(Pool& pool, const TensorLayout& tensor, std::vector<Slot>& extents, int zeros, int slots) {
+/// Reserves extents for the worst case of `slots` more slots; give_back_extents() returns what was not
+/// needed.
+void reserve_extents(Pool& pool, const TensorLayout& tensor, std::vector<Slot>& extents, int zeros,
+                     int slots) {
   if (!tensor.spec.compact_zeros()) return;
   const int worst = zeros + slots / tensor.spec.flush_tokens() * tensor.groups();
-  while (static_cast<int>(extents.size()) * kZeroExtent < worst) extents.push_back(pool.take(2 * kZeroExtent));
+  while (static_cast<int>(extents.size()) * kZeroExtent < worst)
+    extents.push_back(pool.take(2 * kZeroExtent));
 }
 
 void give_back_extents(Page& page) {
@@ -44,31 +48,38 @@ void give_back_extents(Page& page) {
 }
 
 void clear_removed(Page& page, int first, int count) {
-  for (int slot = first; slot < first + count; ++slot) page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
+  for (int slot = first; slot < first + count; ++slot)
+    page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
 }
 
 }  // namespace
 
-Sequence::Sequence(std::shared_ptr<Cache> cache) : cache_(std::move(cache)), layers_(at(cache_->config().layers)) {
+Sequence::Sequence(std::shared_ptr<Cache> cache)
+    : cache_(std::move(cache)), layers_(at(cache_->config().layers)) {
   for (LayerState& state : layers_) state.pages.resize(at(cache_->config().kv_heads));
 }
 
 const LayerState& Sequence::layer_state(int layer) const {
   if (layer < 0 || layer >= cache_->config().layers)
-    throw Error(ErrorCode::kInvalidArgument, "Layer " + std::to_string(layer) + " does not exist; the cache has " + std::to_string(cache_->config().layers) + ".");
+    throw Error(ErrorCode::kInvalidArgument, "Layer " + std::to_string(layer) +
+                                                 " does not exist; the cache has " +
+                                                 std::to_string(cache_->config().layers) + ".");
   return layers_[at(layer)];
 }
 
 LayerState& Sequence::checked(int layer) { return const_cast<LayerState&>(layer_state(layer)); }
 
-std::size_t Sequence::page_bytes(const LayerScheme& scheme) const { return PageLayout(scheme.k, scheme.v, cache_->config().head_dim).bytes(); }
+std::size_t Sequence::page_bytes(const LayerScheme& scheme) const {
+  return PageLayout(scheme.k, scheme.v, cache_->config().head_dim).bytes();
+}
 
 Sequence::Windows Sequence::windows(const LayerState& state, const LayerScheme& scheme, int head) const {
   const int D = cache_->config().head_dim;
   auto* base = reinterpret_cast<std::uint16_t*>(state.windows.data());
   if (!base) return {};
   base += std::ptrdiff_t{head} * 2 * (scheme.sink + scheme.ring_tokens()) * D;
-  const std::ptrdiff_t sink = std::ptrdiff_t{scheme.sink} * D, ring = std::ptrdiff_t{scheme.ring_tokens()} * D;
+  const std::ptrdiff_t sink = std::ptrdiff_t{scheme.sink} * D,
+                       ring = std::ptrdiff_t{scheme.ring_tokens()} * D;
   return {base, base + sink, base + 2 * sink, base + 2 * sink + ring};
 }
 
@@ -77,10 +88,12 @@ const Basis* Sequence::basis(const LayerState& state, const LayerScheme& scheme,
   return scheme.basis.empty() ? nullptr : &scheme.basis[at(head)];
 }
 
-/// Where the windows end after `added` more tokens. docs/format.md and docs/windows: a flush of f tokens happens when the
-/// recent window would reach recent + f; `released_windows` repeats InnerQ's released code, whose windows shrink.
+/// Where the windows end after `added` more tokens. docs/format.md and docs/windows: a flush of f tokens
+/// happens when the recent window would reach recent + f; `released_windows` repeats InnerQ's released code,
+/// whose windows shrink.
 Reach Sequence::reach_after(const LayerState& state, const LayerScheme& scheme, int added) const {
-  const int total = state.tokens + added, k_flush = scheme.k.flush_tokens(), v_flush = scheme.v.flush_tokens();
+  const int total = state.tokens + added, k_flush = scheme.k.flush_tokens(),
+            v_flush = scheme.v.flush_tokens();
   Reach reach = state.reach;
   if (!scheme.released_windows) {
     reach.sink = scheme.sink;
@@ -94,7 +107,10 @@ Reach Sequence::reach_after(const LayerState& state, const LayerScheme& scheme, 
   if (state.tokens == 0) {  // the first call is the prefill
     reach.sink = std::min(scheme.sink, total);
     const int body = total - reach.sink, middle = body - std::min(scheme.recent, body);
-    const auto whole = [&](int flush) { return ceil_div(middle, flush) * flush <= body ? ceil_div(middle, flush) * flush : middle / flush * flush; };
+    const auto whole = [&](int flush) {
+      return ceil_div(middle, flush) * flush <= body ? ceil_div(middle, flush) * flush
+                                                     : middle / flush * flush;
+    };
     reach.k = whole(k_flush);
     reach.v = whole(v_flush);
     steps = 0;
@@ -142,7 +158,9 @@ struct TokenSource {
     return ring + std::ptrdiff_t{(position - sink_tokens) % ring_tokens} * head_dim;
   }
   void gather(int first_position, int count, std::uint16_t* to) const {
-    for (int i = 0; i < count; ++i) std::memcpy(to + std::ptrdiff_t{i} * head_dim, at_position(first_position + i), sizeof(std::uint16_t) * innerkv::at(head_dim));
+    for (int i = 0; i < count; ++i)
+      std::memcpy(to + std::ptrdiff_t{i} * head_dim, at_position(first_position + i),
+                  sizeof(std::uint16_t) * innerkv::at(head_dim));
   }
 };
 
@@ -159,7 +177,8 @@ Basis online_basis(const LayerScheme& scheme, const TokenSource& keys) {
   if (scheme.online_lambda) {
     basis.lam.assign(at(D), 0.0f);
     for (int t = 0; t < scheme.stat_tokens; ++t)
-      for (int c = 0; c < D; ++c) basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys.at_position(t)[c])));
+      for (int c = 0; c < D; ++c)
+        basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys.at_position(t)[c])));
     for (float& lam : basis.lam) lam = std::max(std::sqrt(lam), 0x1p-10f);
     for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
   }
@@ -174,7 +193,8 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   const LayerScheme& scheme = config.scheme(layer);
   const int heads = config.kv_heads, D = config.head_dim;
   require(tokens >= 0, "The number of tokens must not be negative.");
-  require(tokens <= std::numeric_limits<int>::max() / 2 - state.tokens, "A sequence holds at most 2^30 tokens.");
+  require(tokens <= std::numeric_limits<int>::max() / 2 - state.tokens,
+          "A sequence holds at most 2^30 tokens.");
   if (tokens == 0) return;
 
   Slot fresh_windows;
@@ -186,8 +206,10 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   for (int head = 0; head < heads; ++head) {
     const Windows w = windows(state, scheme, head);
     const std::ptrdiff_t stride = std::ptrdiff_t{heads} * D;
-    key_source.push_back({w.sink_k, w.ring_k, k + std::ptrdiff_t{head} * D, reach.sink, scheme.ring_tokens(), state.tokens, D, stride});
-    value_source.push_back({w.sink_v, w.ring_v, v + std::ptrdiff_t{head} * D, reach.sink, scheme.ring_tokens(), state.tokens, D, stride});
+    key_source.push_back({w.sink_k, w.ring_k, k + std::ptrdiff_t{head} * D, reach.sink, scheme.ring_tokens(),
+                          state.tokens, D, stride});
+    value_source.push_back({w.sink_v, w.ring_v, v + std::ptrdiff_t{head} * D, reach.sink,
+                            scheme.ring_tokens(), state.tokens, D, stride});
   }
   std::shared_ptr<const std::vector<Basis>> online = state.online;
   if (scheme.online() && !online && (reach.k > 0 || reach.v > 0)) {
@@ -200,7 +222,8 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   }
 
   // Pages: take everything that may be needed before anything is written.
-  const int first_page = std::min(state.reach.k, state.reach.v) / kPageTokens, end_page = ceil_div(std::max(reach.k, reach.v), kPageTokens);
+  const int first_page = std::min(state.reach.k, state.reach.v) / kPageTokens,
+            end_page = ceil_div(std::max(reach.k, reach.v), kPageTokens);
   const bool writes = reach.k > state.reach.k || reach.v > state.reach.v;
   std::vector<QuantiseJob> jobs;
   std::vector<std::vector<std::shared_ptr<Page>>> pages(at(heads));
@@ -229,10 +252,20 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
           own->v_zero_count = count_zeros(layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
           reserve_extents(cache_->pool(), layout.k, own->k_zeros, own->k_zero_count, k_end - k_first);
           reserve_extents(cache_->pool(), layout.v, own->v_zeros, own->v_zero_count, v_end - v_first);
-          QuantiseJob job{&scheme, online ? &(*online)[at(head)] : basis(state, scheme, head), own.get(), page, reach.sink, k_first - begin, k_end - k_first,
-                          v_first - begin, v_end - v_first, next, next + std::ptrdiff_t{k_end - k_first} * D};
+          QuantiseJob job{&scheme,
+                          online ? &(*online)[at(head)] : basis(state, scheme, head),
+                          own.get(),
+                          page,
+                          reach.sink,
+                          k_first - begin,
+                          k_end - k_first,
+                          v_first - begin,
+                          v_end - v_first,
+                          next,
+                          next + std::ptrdiff_t{k_end - k_first} * D};
           key_source[at(head)].gather(reach.sink + k_first, k_end - k_first, next);
-          value_source[at(head)].gather(reach.sink + v_first, v_end - v_first, next + std::ptrdiff_t{k_end - k_first} * D);
+          value_source[at(head)].gather(reach.sink + v_first, v_end - v_first,
+                                        next + std::ptrdiff_t{k_end - k_first} * D);
           next += std::ptrdiff_t{k_end - k_first + v_end - v_first} * D;
           jobs.push_back(job);
         }
@@ -253,7 +286,8 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   for (int head = 0; head < heads && writes; ++head) {
     auto& table = state.pages[at(head)];
     table.resize(at(std::max(end_page, static_cast<int>(table.size()))));
-    for (int page = first_page; page < end_page; ++page) table[at(page)] = std::move(pages[at(head)][at(page - first_page)]);
+    for (int page = first_page; page < end_page; ++page)
+      table[at(page)] = std::move(pages[at(head)][at(page - first_page)]);
   }
   state.online = std::move(online);
 
@@ -262,12 +296,15 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   for (int head = 0; head < heads; ++head) {
     const Windows w = windows(state, scheme, head);
     for (int position = state.tokens; position < std::min(total, reach.sink); ++position) {
-      cache_->backend().copy_memory(w.sink_k + std::ptrdiff_t{position} * D, key_source[at(head)].at_position(position), row_bytes);
-      cache_->backend().copy_memory(w.sink_v + std::ptrdiff_t{position} * D, value_source[at(head)].at_position(position), row_bytes);
+      cache_->backend().copy_memory(w.sink_k + std::ptrdiff_t{position} * D,
+                                    key_source[at(head)].at_position(position), row_bytes);
+      cache_->backend().copy_memory(w.sink_v + std::ptrdiff_t{position} * D,
+                                    value_source[at(head)].at_position(position), row_bytes);
     }
     const auto keep = [&](std::uint16_t* to, const TokenSource& source, int reached) {
       for (int position = std::max(state.tokens, reach.sink + reached); position < total; ++position)
-        cache_->backend().copy_memory(to + std::ptrdiff_t{(position - reach.sink) % ring} * D, source.at_position(position), row_bytes);
+        cache_->backend().copy_memory(to + std::ptrdiff_t{(position - reach.sink) % ring} * D,
+                                      source.at_position(position), row_bytes);
     };
     keep(w.ring_k, key_source[at(head)], reach.k);
     keep(w.ring_v, value_source[at(head)], reach.v);
@@ -278,28 +315,35 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
 
 void Sequence::truncate(int tokens) {
   require(tokens >= 0, "A sequence cannot be truncated to fewer than 0 tokens.");
-  for (int layer = 0; layer < cache_->config().layers; ++layer) truncate_layer(layers_[at(layer)], cache_->config().scheme(layer), tokens);
+  for (int layer = 0; layer < cache_->config().layers; ++layer)
+    truncate_layer(layers_[at(layer)], cache_->config().scheme(layer), tokens);
 }
 
 void Sequence::truncate_layer(LayerState& state, const LayerScheme& scheme, int tokens) {
   if (tokens >= state.tokens) return;
   const CacheConfig& config = cache_->config();
-  const int D = config.head_dim, body = std::max(0, tokens - state.reach.sink), flush = scheme.v.flush_tokens();
+  const int D = config.head_dim, body = std::max(0, tokens - state.reach.sink),
+            flush = scheme.v.flush_tokens();
   Reach reach = state.reach;
   reach.k = std::min(reach.k, body);
   if (reach.v > body) {
     reach.v = body / flush * flush;
-    // Values that shared their scales with truncated tokens go back to the 16-bit window as what they decode to.
+    // Values that shared their scales with truncated tokens go back to the 16-bit window as what they decode
+    // to.
     if (reach.v < body) {
       std::vector<float> k(at(kPageTokens * D)), v(at(kPageTokens * D));
       const int page = reach.v / kPageTokens, first = reach.v % kPageTokens;
       for (int head = 0; head < config.kv_heads; ++head) {
         Page* held = state.pages[at(head)][at(page)].get();
-        cache_->backend().decode(config, {&scheme, basis(state, scheme, head), held, page, state.reach.sink, 0, 0, 0, std::min(first + flush, kPageTokens)},
+        cache_->backend().decode(config,
+                                 {&scheme, basis(state, scheme, head), held, page, state.reach.sink, 0, 0, 0,
+                                  std::min(first + flush, kPageTokens)},
                                  cache_->rotations(), k.data(), v.data());
         std::uint16_t* ring = windows(state, scheme, head).ring_v;
         for (int t = reach.v; t < body; ++t)
-          for (int c = 0; c < D; ++c) ring[std::ptrdiff_t{t % scheme.ring_tokens()} * D + c] = half_bits(v[at((t % kPageTokens) * D + c)]);
+          for (int c = 0; c < D; ++c)
+            ring[std::ptrdiff_t{t % scheme.ring_tokens()} * D + c] =
+                half_bits(v[at((t % kPageTokens) * D + c)]);
       }
     }
   }
@@ -336,11 +380,16 @@ std::unique_ptr<Sequence> Sequence::fork() const {
 
 int Sequence::stored_token(const LayerState& state, const LayerScheme& scheme, int position) const {
   if (!scheme.per_token() || scheme.k.compact_zeros() || scheme.v.compact_zeros())
-    throw Error(ErrorCode::kUnsupported, "Single tokens can be replaced or removed only in schemes whose tokens do not share scales or zero points.");
+    throw Error(ErrorCode::kUnsupported,
+                "Single tokens can be replaced or removed only in schemes whose tokens do not share scales "
+                "or zero points.");
   const int token = position - state.reach.sink;
   if (token < 0 || token >= std::min(state.reach.k, state.reach.v))
-    throw Error(ErrorCode::kInvalidArgument, "Position " + std::to_string(position) + " is not a quantised token: quantised are " + std::to_string(state.reach.sink) + " to " +
-                                                 std::to_string(state.reach.sink + std::min(state.reach.k, state.reach.v) - 1) + " (none if that is empty); windows are protected.");
+    throw Error(ErrorCode::kInvalidArgument,
+                "Position " + std::to_string(position) + " is not a quantised token: quantised are " +
+                    std::to_string(state.reach.sink) + " to " +
+                    std::to_string(state.reach.sink + std::min(state.reach.k, state.reach.v) - 1) +
+                    " (none if that is empty); windows are protected.");
   return token;
 }
 
@@ -348,19 +397,24 @@ void Sequence::replace(int layer, int position, const std::uint16_t* k, const st
   LayerState& state = checked(layer);
   const CacheConfig& config = cache_->config();
   const LayerScheme& scheme = config.scheme(layer);
-  const int token = stored_token(state, scheme, position), page = token / kPageTokens, slot = token % kPageTokens;
+  const int token = stored_token(state, scheme, position), page = token / kPageTokens,
+            slot = token % kPageTokens;
   std::vector<std::shared_ptr<Page>> own;
   std::vector<QuantiseJob> jobs;
   for (int head = 0; head < config.kv_heads; ++head) {
     const auto& held = state.pages[at(head)][at(page)];
     if (!held || held->is_removed(slot))
-      throw Error(ErrorCode::kInvalidArgument, "Position " + std::to_string(position) + " was removed from head " + std::to_string(head) + " and cannot be replaced.");
+      throw Error(ErrorCode::kInvalidArgument, "Position " + std::to_string(position) +
+                                                   " was removed from head " + std::to_string(head) +
+                                                   " and cannot be replaced.");
     own.push_back(own_page(held, scheme));
     const std::ptrdiff_t offset = std::ptrdiff_t{head} * config.head_dim;
-    jobs.push_back({&scheme, basis(state, scheme, head), own.back().get(), page, state.reach.sink, slot, 1, slot, 1, k + offset, v + offset});
+    jobs.push_back({&scheme, basis(state, scheme, head), own.back().get(), page, state.reach.sink, slot, 1,
+                    slot, 1, k + offset, v + offset});
   }
   cache_->backend().quantise(config, jobs, cache_->rotations());
-  for (int head = 0; head < config.kv_heads; ++head) state.pages[at(head)][at(page)] = std::move(own[at(head)]);
+  for (int head = 0; head < config.kv_heads; ++head)
+    state.pages[at(head)][at(page)] = std::move(own[at(head)]);
 }
 
 void Sequence::remove(int layer, int head, std::span<const int> positions) {
@@ -377,7 +431,8 @@ void Sequence::remove(int layer, int head, std::span<const int> positions) {
     std::shared_ptr<Page> own;
     std::size_t removed = 0;
   };
-  std::vector<Change> changes;  // bits are set on commit, so that a failure leaves shared and own pages alike untouched
+  std::vector<Change>
+      changes;  // bits are set on commit, so that a failure leaves shared and own pages alike untouched
   for (int h = first; h < end; ++h)
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       const int page = tokens[i] / kPageTokens;
@@ -402,8 +457,18 @@ HeadView Sequence::view(int layer, int head) const {
   const LayerState& state = layer_state(layer);
   const LayerScheme& scheme = cache_->config().scheme(layer);
   const Windows w = windows(state, scheme, head);
-  return {&scheme, basis(state, scheme, head), state.pages[at(head)].data(), state.tokens, std::min(state.tokens, state.reach.sink), state.reach.k, state.reach.v,
-          w.sink_k, w.sink_v, w.ring_k, w.ring_v, scheme.ring_tokens()};
+  return {&scheme,
+          basis(state, scheme, head),
+          state.pages[at(head)].data(),
+          state.tokens,
+          std::min(state.tokens, state.reach.sink),
+          state.reach.k,
+          state.reach.v,
+          w.sink_k,
+          w.sink_v,
+          w.ring_k,
+          w.ring_v,
+          scheme.ring_tokens()};
 }
 
 void Sequence::read_back(int layer, int head, float* k, float* v) const {
@@ -429,14 +494,20 @@ void Sequence::read_back(int layer, int head, float* k, float* v) const {
     Page* held = token < std::max(view.k_quantised, view.v_quantised) ? view.pages[page].get() : nullptr;
     if (slot == 0 && held) {
       const auto slots = [&](int quantised) { return std::clamp(quantised - token, 0, kPageTokens); };
-      cache_->backend().decode(config, {&scheme, view.basis, held, page, view.sink, 0, slots(view.k_quantised), 0, slots(view.v_quantised)}, cache_->rotations(),
-                               page_k.data(), page_v.data());
+      cache_->backend().decode(config,
+                               {&scheme, view.basis, held, page, view.sink, 0, slots(view.k_quantised), 0,
+                                slots(view.v_quantised)},
+                               cache_->rotations(), page_k.data(), page_v.data());
     }
     const std::ptrdiff_t row = std::ptrdiff_t{token % view.ring} * D;
-    if (token >= view.k_quantised) from_half(view.ring_k + row, to_k);
-    else std::memcpy(to_k, page_k.data() + slot * D, sizeof(float) * at(D));
-    if (token >= view.v_quantised) from_half(view.ring_v + row, to_v);
-    else std::memcpy(to_v, page_v.data() + slot * D, sizeof(float) * at(D));
+    if (token >= view.k_quantised)
+      from_half(view.ring_k + row, to_k);
+    else
+      std::memcpy(to_k, page_k.data() + slot * D, sizeof(float) * at(D));
+    if (token >= view.v_quantised)
+      from_half(view.ring_v + row, to_v);
+    else
+      std::memcpy(to_v, page_v.data() + slot * D, sizeof(float) * at(D));
     if (token < view.k_quantised && (!held || held->is_removed(slot))) {
       std::fill_n(to_k, D, std::numeric_limits<float>::quiet_NaN());
       std::fill_n(to_v, D, std::numeric_limits<float>::quiet_NaN());
@@ -448,11 +519,14 @@ void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal
   const int tokens = sequence.tokens(layer);
   require(q_tokens >= 1, "Attention needs at least one query token.");
   if (causal && q_tokens > tokens)
-    throw Error(ErrorCode::kInvalidArgument, std::to_string(q_tokens) + " query tokens, but layer " + std::to_string(layer) + " holds only " + std::to_string(tokens) +
-                                                 " tokens. Append the tokens of the queries first, or pass causal: false.");
+    throw Error(ErrorCode::kInvalidArgument,
+                std::to_string(q_tokens) + " query tokens, but layer " + std::to_string(layer) +
+                    " holds only " + std::to_string(tokens) +
+                    " tokens. Append the tokens of the queries first, or pass causal: false.");
 }
 
-bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal, const std::atomic<bool>* aborted) {
+bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal,
+                  const std::atomic<bool>* aborted) {
   const CacheConfig& config = cache.config();
   std::vector<HeadView> views;
   views.reserve(items.size() * at(config.kv_heads));
@@ -462,7 +536,8 @@ bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, boo
     check_attend(*item.sequence, layer, item.q_tokens, causal);
     const std::size_t first = views.size();
     for (int head = 0; head < config.kv_heads; ++head) views.push_back(item.sequence->view(layer, head));
-    requests.push_back({std::span(views).subspan(first, at(config.kv_heads)), item.q, item.out, item.lse, item.logits, item.q_tokens, config.window_of_layer[at(layer)], causal});
+    requests.push_back({std::span(views).subspan(first, at(config.kv_heads)), item.q, item.out, item.lse,
+                        item.logits, item.q_tokens, config.window_of_layer[at(layer)], causal});
   }
   return cache.backend().attend(config, requests, cache.rotations(), aborted);
 }

@@ -19,10 +19,10 @@ struct Reach {
 struct LayerState {
   int tokens = 0;
   Reach reach;
-  Slot windows;                                            // empty until the first append
-  std::vector<std::vector<std::shared_ptr<Page>>> pages;   // [kv_heads][pages]
-  std::shared_ptr<const std::vector<Basis>> online;        // statistics of the sequence's own first tokens
-  std::size_t removed = 0;                                 // tokens removed by hand, over all heads
+  Slot windows;                                           // empty until the first append
+  std::vector<std::vector<std::shared_ptr<Page>>> pages;  // [kv_heads][pages]
+  std::shared_ptr<const std::vector<Basis>> online;       // statistics of the sequence's own first tokens
+  std::size_t removed = 0;                                // tokens removed by hand, over all heads
 };
 
 /// One layer of one sequence in attendBatch.
@@ -54,7 +54,8 @@ class Sequence {
   void remove(int layer, int head, std::span<const int> positions);
 
   HeadView view(int layer, int head) const;
-  /// Decodes token positions [0, tokens) of one head to float32, windows included: k, v [tokens][D]. Removed tokens are NaN.
+  /// Decodes token positions [0, tokens) of one head to float32, windows included: k, v [tokens][D]. Removed
+  /// tokens are NaN.
   void read_back(int layer, int head, float* k, float* v) const;
 
  private:
@@ -78,7 +79,8 @@ class Sequence {
 };
 
 /// Attention of one layer for several sequences of one cache in one pass. Returns false when aborted.
-bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal, const std::atomic<bool>* aborted);
+bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal,
+                  const std::atomic<bool>* aborted);
 
 /// Throws unless the item may attend: known layer, enough tokens for the queries.
 void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal);

@@ -1,9 +1,10 @@
 // Attention over pages and 16-bit windows, computed from the packed bits.
 //
-// A task is up to kMaxRows query rows of one KV head against a run of pages; its result is a softmax state (maximum,
-// sum, output) and states are merged by log-sum-exp. Runs have a fixed length, so results do not depend on the number
-// of threads. Inside a page: queries and probabilities become 16-bit integers, codes stay integers, scales are applied
-// to the sums. Logits are in base 2 throughout.
+// A task is up to kMaxRows query rows of one KV head against a run of pages; its result is a softmax state
+// (maximum, sum, output) and states are merged by log-sum-exp. Runs have a fixed length, so results do not
+// depend on the number of threads. Inside a page: queries and probabilities become 16-bit integers, codes
+// stay integers, scales are applied to the sums. Logits are in base 2 throughout.
+// Long file: one pass over a page, in the order of its steps.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,26 +39,30 @@ namespace {
 struct Task {
   const AttendRequest* request;
   int head, first_row, rows, first_tile, end_tile;
-  bool windows;       // this task also does the sink tokens
-  float* state;       // maximum [rows], sum [rows], output in the stored basis [rows][D], in the raw basis [rows][D]
+  bool windows;  // this task also does the sink tokens
+  float*
+      state;  // maximum [rows], sum [rows], output in the stored basis [rows][D], in the raw basis [rows][D]
 };
 
-/// Scales of a page in float32, one per (group, slot) or (sub-block, channel), and offsets where the mode needs them.
+/// Scales of a page in float32, one per (group, slot) or (sub-block, channel), and offsets where the mode
+/// needs them.
 struct PageScales {
   const float* scale;
   const float* offset;  // nullptr: centred modes
   int center2;          // twice the code that means zero, for centred modes
 };
 
-PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const std::uint8_t* base, const std::vector<Slot>& extents,
-                       int slots, float* scale, float* offset) {
+PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const std::uint8_t* base,
+                       const std::vector<Slot>& extents, int slots, float* scale, float* offset) {
   const TensorSpec& spec = layout.spec;
   const auto* stored = reinterpret_cast<const std::uint16_t*>(base + layout.scales_at());
   const int count = layout.scales();
   if (!spec.compact_zeros()) {
     kernels.half_to_float(stored, scale, static_cast<std::size_t>(count));
-    if (!spec.dense_zeros()) return {scale, nullptr, spec.mode == Mode::kMidRise ? spec.levels() - 1 : spec.levels()};
-    kernels.half_to_float(reinterpret_cast<const std::uint16_t*>(base + layout.zeros_at()), offset, static_cast<std::size_t>(count));
+    if (!spec.dense_zeros())
+      return {scale, nullptr, spec.mode == Mode::kMidRise ? spec.levels() - 1 : spec.levels()};
+    kernels.half_to_float(reinterpret_cast<const std::uint16_t*>(base + layout.zeros_at()), offset,
+                          static_cast<std::size_t>(count));
     return {scale, offset, 0};
   }
   const int span = spec.group == Group::kTokens32 ? kBlockTokens32 : 1;
@@ -67,7 +72,8 @@ PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const
       const int index = layout.scale_index(slot, g);
       std::uint16_t zero = 0;
       if (stored[index] & 0x8000u) {
-        zero = reinterpret_cast<const std::uint16_t*>(extents[static_cast<std::size_t>(zeros / kZeroExtent)].data())[zeros % kZeroExtent];
+        zero = reinterpret_cast<const std::uint16_t*>(
+            extents[static_cast<std::size_t>(zeros / kZeroExtent)].data())[zeros % kZeroExtent];
         ++zeros;
       }
       const Dequantiser map = dequantiser(spec.bits, spec.mode, stored[index], zero);
@@ -79,12 +85,22 @@ PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const
 
 class HeadAttention {
  public:
-  HeadAttention(const Kernels& kernels, const CacheConfig& config, const Task& task, const RotationTable& rotations, AttendScratch& scratch)
-      : kernels_(kernels), config_(config), task_(task), request_(*task.request), head_(task.request->heads[static_cast<std::size_t>(task.head)]),
-        scheme_(*head_.scheme), rotations_(rotations), s_(scratch), D_(config.head_dim), group_(config.group_size()),
+  HeadAttention(const Kernels& kernels, const CacheConfig& config, const Task& task,
+                const RotationTable& rotations, AttendScratch& scratch)
+      : kernels_(kernels),
+        config_(config),
+        task_(task),
+        request_(*task.request),
+        head_(task.request->heads[static_cast<std::size_t>(task.head)]),
+        scheme_(*head_.scheme),
+        rotations_(rotations),
+        s_(scratch),
+        D_(config.head_dim),
+        group_(config.group_size()),
         layout_(scheme_.k, scheme_.v, D_) {
     for (int r = 0; r < task_.rows; ++r) {
-      const float* from = request_.q + (std::ptrdiff_t{query_token(r)} * config.query_heads + query_head(r)) * D_;
+      const float* from =
+          request_.q + (std::ptrdiff_t{query_token(r)} * config.query_heads + query_head(r)) * D_;
       const float factor = config.softmax_scale * kLog2e;
       for (int c = 0; c < D_; ++c) s_.q[r * D_ + c] = from[c] * factor;
     }
@@ -102,10 +118,14 @@ class HeadAttention {
   int query_head(int r) const { return task_.head * group_ + (task_.first_row + r) % group_; }
   float* stored_out(int r) const { return task_.state + 2 * task_.rows + r * D_; }
   float* raw_out(int r) const { return stored_out(task_.rows + r); }
-  int query_position(int r) const { return request_.causal ? head_.tokens - request_.q_tokens + query_token(r) : head_.tokens - 1; }
+  int query_position(int r) const {
+    return request_.causal ? head_.tokens - request_.q_tokens + query_token(r) : head_.tokens - 1;
+  }
 
   /// Positions [first, last) that row r may see.
-  int first_visible(int r) const { return request_.sliding_window > 0 ? std::max(0, query_position(r) + 1 - request_.sliding_window) : 0; }
+  int first_visible(int r) const {
+    return request_.sliding_window > 0 ? std::max(0, query_position(r) + 1 - request_.sliding_window) : 0;
+  }
   int end_visible(int r) const { return query_position(r) + 1; }
 
   void raw_rows(const std::uint16_t* k, int count, int at) {
@@ -136,7 +156,8 @@ class HeadAttention {
     const int first = tile * kPageTokens;  // token index
     const int count = std::min(kPageTokens, head_.tokens - head_.sink - first);
     if (nothing_visible(head_.sink + first, count)) return hide_logits(head_.sink + first, count);
-    const int k_stored = std::clamp(head_.k_quantised - first, 0, count), v_stored = std::clamp(head_.v_quantised - first, 0, count);
+    const int k_stored = std::clamp(head_.k_quantised - first, 0, count),
+              v_stored = std::clamp(head_.v_quantised - first, 0, count);
     const Page* page = k_stored > 0 || v_stored > 0 ? head_.pages[tile].get() : nullptr;
     if (k_stored > 0) {
       if (page)
@@ -165,11 +186,14 @@ class HeadAttention {
 
   /// Queries in the basis of the stored keys, as integers. Made anew only when the block changes.
   void prepare_queries(int tile) {
-    const std::int64_t block = scheme_.block_tokens > 0 ? block_position(head_.sink, scheme_.block_tokens, tile * kPageTokens) : 0;
+    const std::int64_t block =
+        scheme_.block_tokens > 0 ? block_position(head_.sink, scheme_.block_tokens, tile * kPageTokens) : 0;
     if (block == prepared_) return;
     prepared_ = block;
     const Rotation* rotation = scheme_.block_tokens > 0 ? &rotations_.at(block) : nullptr;
-    const auto part = [&](const std::vector<float> Basis::*member) { return head_.basis && !(head_.basis->*member).empty() ? (head_.basis->*member).data() : nullptr; };
+    const auto part = [&](const std::vector<float> Basis::* member) {
+      return head_.basis && !(head_.basis->*member).empty() ? (head_.basis->*member).data() : nullptr;
+    };
     QueryArgs args{};
     args.head_dim = D_;
     args.cos = rotation ? rotation->cos.data() : nullptr;
@@ -210,11 +234,13 @@ class HeadAttention {
     for (int r = 0; r < task_.rows; ++r) std::fill_n(s_.scores + r * kPageTokens, stored, s_.q_constant[r]);
     for (int g = 0; g < layout.groups(); ++g) {
       const int begin = layout.group_begin(g);
-      kernels_.dot({s_.codes + std::ptrdiff_t{begin} * kPageTokens, kPageTokens, (layout.group_end(g) - begin) / 4, layout.spec.bits, 0,
-                    (stored + 15) / 16 * 16, s_.q_hi + begin, s_.q_lo + begin, D_, task_.rows, s_.sums});
+      kernels_.dot({s_.codes + std::ptrdiff_t{begin} * kPageTokens, kPageTokens,
+                    (layout.group_end(g) - begin) / 4, layout.spec.bits, 0, (stored + 15) / 16 * 16,
+                    s_.q_hi + begin, s_.q_lo + begin, D_, task_.rows, s_.sums});
       for (int r = 0; r < task_.rows; ++r)
-        kernels_.add_scores(s_.sums + r * kPageTokens, stored, scales.scale + g * kPageTokens, scales.offset ? scales.offset + g * kPageTokens : nullptr,
-                            s_.q_step[r], s_.q_total[r][g], scales.center2, s_.scores + r * kPageTokens);
+        kernels_.add_scores(s_.sums + r * kPageTokens, stored, scales.scale + g * kPageTokens,
+                            scales.offset ? scales.offset + g * kPageTokens : nullptr, s_.q_step[r],
+                            s_.q_total[r][g], scales.center2, s_.scores + r * kPageTokens);
     }
   }
 
@@ -224,7 +250,8 @@ class HeadAttention {
   }
 
   float* logits_row(int r) const {
-    return request_.logits + (std::ptrdiff_t{query_token(r)} * config_.query_heads + query_head(r)) * head_.tokens;
+    return request_.logits +
+           (std::ptrdiff_t{query_token(r)} * config_.query_heads + query_head(r)) * head_.tokens;
   }
 
   /// Softcap, masks and the optional output of logits, for positions position ... position + count - 1.
@@ -232,8 +259,10 @@ class HeadAttention {
     for (int r = 0; r < task_.rows; ++r) {
       float* scores = s_.scores + r * kPageTokens;
       if (config_.softcap > 0)
-        for (int i = 0; i < count; ++i) scores[i] = kLog2e * config_.softcap * std::tanh(scores[i] * kLn2 / config_.softcap);
-      const int hidden_before = std::clamp(first_visible(r) - position, 0, count), hidden_from = std::clamp(end_visible(r) - position, 0, count);
+        for (int i = 0; i < count; ++i)
+          scores[i] = kLog2e * config_.softcap * std::tanh(scores[i] * kLn2 / config_.softcap);
+      const int hidden_before = std::clamp(first_visible(r) - position, 0, count),
+                hidden_from = std::clamp(end_visible(r) - position, 0, count);
       std::fill(scores, scores + hidden_before, kNone);
       std::fill(scores + hidden_from, scores + count, kNone);
       if (request_.logits)
@@ -260,7 +289,8 @@ class HeadAttention {
     const TensorLayout& layout = layout_.v;
     const std::uint8_t* base = page.bytes.data() + layout_.v_at();
     if (layout.spec.raw()) {
-      kernels_.raw_accumulate_half(reinterpret_cast<const std::uint16_t*>(base), D_, stored, D_, s_.scores, task_.rows, kPageTokens, stored_out(0));
+      kernels_.raw_accumulate_half(reinterpret_cast<const std::uint16_t*>(base), D_, stored, D_, s_.scores,
+                                   task_.rows, kPageTokens, stored_out(0));
       return;
     }
     const PageScales scales = load_scales(kernels_, layout, base, page.v_zeros, stored, s_.scale, s_.offset);
@@ -285,13 +315,16 @@ class HeadAttention {
         std::int8_t *hi = s_.p_hi + r * kPageTokens, *lo = s_.p_lo + r * kPageTokens;
         step[r] = kernels_.split(s_.weights, kPageTokens, hi, lo, &sum_of_weights[r]);
       }
-      kernels_.dot({s_.codes, D_, kPageTokens / 4, layout.spec.bits, begin, end, s_.p_hi, s_.p_lo, kPageTokens, task_.rows, s_.sums});
+      kernels_.dot({s_.codes, D_, kPageTokens / 4, layout.spec.bits, begin, end, s_.p_hi, s_.p_lo,
+                    kPageTokens, task_.rows, s_.sums});
       for (int r = 0; r < task_.rows; ++r) {
         float* acc = stored_out(r) + begin;
-        kernels_.add_values(s_.sums + r * D_ + begin, end - begin, nullptr, step[r], sum_of_weights[r], scales.center2, acc);
+        kernels_.add_values(s_.sums + r * D_ + begin, end - begin, nullptr, step[r], sum_of_weights[r],
+                            scales.center2, acc);
         if (!scales.offset) continue;
         float shift = 0;
-        for (int i = 0; i < stored; ++i) shift += s_.scores[r * kPageTokens + i] * scales.offset[g * kPageTokens + i];
+        for (int i = 0; i < stored; ++i)
+          shift += s_.scores[r * kPageTokens + i] * scales.offset[g * kPageTokens + i];
         for (int c = 0; c < end - begin; ++c) acc[c] += shift;
       }
     }
@@ -304,14 +337,16 @@ class HeadAttention {
     for (int r = 0; r < task_.rows; ++r) {
       std::memcpy(s_.weights, s_.scores + r * kPageTokens, sizeof(float) * static_cast<std::size_t>(stored));
       std::fill(s_.weights + stored, s_.weights + kPageTokens, 0.0f);
-      step[r] = kernels_.split(s_.weights, kPageTokens, s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens, &whole);
+      step[r] = kernels_.split(s_.weights, kPageTokens, s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens,
+                               &whole);
     }
     for (int first = 0; first < stored; first += kBlockTokens32) {
-      kernels_.dot({s_.codes + std::ptrdiff_t{first} * D_, D_, kBlockTokens32 / 4, layout_.v.spec.bits, 0, D_, s_.p_hi + first, s_.p_lo + first, kPageTokens,
-                    task_.rows, s_.sums});
+      kernels_.dot({s_.codes + std::ptrdiff_t{first} * D_, D_, kBlockTokens32 / 4, layout_.v.spec.bits, 0, D_,
+                    s_.p_hi + first, s_.p_lo + first, kPageTokens, task_.rows, s_.sums});
       const int at = first / kBlockTokens32 * D_;
       for (int r = 0; r < task_.rows; ++r) {
-        const std::int32_t weights = total(s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens, first, first + kBlockTokens32);
+        const std::int32_t weights =
+            total(s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens, first, first + kBlockTokens32);
         float* acc = stored_out(r);
         kernels_.add_values(s_.sums + r * D_, D_, scales.scale + at, step[r], weights, scales.center2, acc);
         if (!scales.offset) continue;
@@ -342,8 +377,8 @@ CpuBackend::CpuBackend(int threads, const char* isa) : kernels_(select_kernels(i
 
 CpuBackend::~CpuBackend() = default;
 
-bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest> requests, const RotationTable& rotations,
-                        const std::atomic<bool>* aborted) {
+bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest> requests,
+                        const RotationTable& rotations, const std::atomic<bool>* aborted) {
   const int D = config.head_dim;
   const std::size_t row_floats = static_cast<std::size_t>(2 + 2 * D);
   std::vector<Task> tasks;
@@ -351,12 +386,14 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   for (const AttendRequest& request : requests)
     for (int head = 0; head < config.kv_heads; ++head) {
       const HeadView& view = request.heads[static_cast<std::size_t>(head)];
-      const int tiles = std::max(0, view.tokens - view.sink + kPageTokens - 1) / kPageTokens, runs = std::max(1, (tiles + kRunPages - 1) / kRunPages);
+      const int tiles = std::max(0, view.tokens - view.sink + kPageTokens - 1) / kPageTokens,
+                runs = std::max(1, (tiles + kRunPages - 1) / kRunPages);
       const int rows = request.q_tokens * config.group_size();
       for (int first = 0; first < rows; first += kMaxRows)
         for (int run = 0; run < runs; ++run) {
           const int count = std::min(kMaxRows, rows - first);
-          tasks.push_back({&request, head, first, count, run * kRunPages, std::min(tiles, (run + 1) * kRunPages), run == 0, nullptr});
+          tasks.push_back({&request, head, first, count, run * kRunPages,
+                           std::min(tiles, (run + 1) * kRunPages), run == 0, nullptr});
           rows_in_all += static_cast<std::size_t>(count);
         }
     }
@@ -368,11 +405,15 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   }
   const auto stopped = [&] { return aborted && aborted->load(std::memory_order_relaxed); };
   pool_.run(static_cast<int>(tasks.size()), [&](int item, int thread) {
-    if (!stopped()) HeadAttention(kernels_, config, tasks[static_cast<std::size_t>(item)], rotations, *scratch_[static_cast<std::size_t>(thread)]).run();
+    if (!stopped())
+      HeadAttention(kernels_, config, tasks[static_cast<std::size_t>(item)], rotations,
+                    *scratch_[static_cast<std::size_t>(thread)])
+          .run();
   });
   if (stopped()) return false;
 
-  // Merge the runs of each row, undo the values' Hadamard once, divide by the sum. Runs of a row block are neighbours.
+  // Merge the runs of each row, undo the values' Hadamard once, divide by the sum. Runs of a row block are
+  // neighbours.
   const int group = config.group_size();
   for (std::size_t begin = 0; begin < tasks.size();) {
     const Task& lead = tasks[begin];
@@ -394,8 +435,10 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
         }
       }
       if (scheme.hadamard_v && !scheme.v.raw()) kernels_.hadamard(stored, D);
-      const std::ptrdiff_t row = std::ptrdiff_t{(lead.first_row + r) / group} * config.query_heads + lead.head * group + (lead.first_row + r) % group;
-      for (int c = 0; c < D; ++c) lead.request->out[row * D + c] = sum > 0 ? (stored[c] + raw[c]) / sum : 0.0f;
+      const std::ptrdiff_t row = std::ptrdiff_t{(lead.first_row + r) / group} * config.query_heads +
+                                 lead.head * group + (lead.first_row + r) % group;
+      for (int c = 0; c < D; ++c)
+        lead.request->out[row * D + c] = sum > 0 ? (stored[c] + raw[c]) / sum : 0.0f;
       if (lead.request->lse) lead.request->lse[row] = sum > 0 ? (largest + std::log2(sum)) * kLn2 : kNone;
     }
     begin = end;

@@ -1,4 +1,5 @@
-// The CPU product backend: same pages, same results as every other backend, as fast as the instruction set allows.
+// The CPU product backend: same pages, same results as every other backend, as fast as the instruction set
+// allows.
 #pragma once
 
 #include <memory>
@@ -26,11 +27,13 @@ class CpuBackend final : public Backend {
   void free_memory(void* memory, std::size_t bytes) noexcept override;
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override;
-  void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs, const RotationTable& rotations) override;
-  bool attend(const CacheConfig& config, std::span<const AttendRequest> requests, const RotationTable& rotations,
-              const std::atomic<bool>* aborted) override;
+  void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
+                const RotationTable& rotations) override;
+  bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
+              const RotationTable& rotations, const std::atomic<bool>* aborted) override;
   void attend_dense(const DenseRequest& request) override;
-  void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k, float* v) override;
+  void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k,
+              float* v) override;
 
  private:
   const Kernels& kernels_;

@@ -1,4 +1,5 @@
-// Plain attention over uncompressed float32 or binary16 keys and values: the baseline every scheme is compared with.
+// Plain attention over uncompressed float32 or binary16 keys and values: the baseline every scheme is
+// compared with.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -14,27 +15,40 @@ namespace innerkv {
 
 void* CpuBackend::allocate_memory(std::size_t bytes) {
   void* memory = std::aligned_alloc(kSectionAlign, align_section(bytes));
-  if (!memory) throw Error(ErrorCode::kOutOfMemory, "The machine refused " + std::to_string(bytes) + " bytes.");
+  if (!memory)
+    throw Error(ErrorCode::kOutOfMemory, "The machine refused " + std::to_string(bytes) + " bytes.");
   return memory;
 }
 
 void CpuBackend::free_memory(void* memory, std::size_t) noexcept { std::free(memory); }
 void CpuBackend::clear_memory(void* memory, std::size_t bytes) noexcept { std::memset(memory, 0, bytes); }
-void CpuBackend::copy_memory(void* to, const void* from, std::size_t bytes) noexcept { std::memcpy(to, from, bytes); }
+void CpuBackend::copy_memory(void* to, const void* from, std::size_t bytes) noexcept {
+  std::memcpy(to, from, bytes);
+}
 
 void CpuBackend::attend_dense(const DenseRequest& request) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-  constexpr int kTile = kPageTokens, kRun = 32 * kTile;  // the same split as over pages: results do not depend on threads
-  const int D = request.head_dim, group = request.query_heads / request.kv_heads, rows = request.q_tokens * group;
+  constexpr int kTile = kPageTokens,
+                kRun = 32 * kTile;  // the same split as over pages: results do not depend on threads
+  const int D = request.head_dim, group = request.query_heads / request.kv_heads,
+            rows = request.q_tokens * group;
   const int runs = std::max(1, (request.tokens + kRun - 1) / kRun), blocks = (rows + kMaxRows - 1) / kMaxRows;
   const std::size_t row_floats = static_cast<std::size_t>(2 + D);
-  std::vector<float> states(static_cast<std::size_t>(request.kv_heads) * static_cast<std::size_t>(blocks * runs * kMaxRows) * row_floats);
+  std::vector<float> states(static_cast<std::size_t>(request.kv_heads) *
+                            static_cast<std::size_t>(blocks * runs * kMaxRows) * row_floats);
   const auto state_at = [&](int head, int block, int run, int r) {
-    return states.data() + ((static_cast<std::size_t>(head) * static_cast<std::size_t>(blocks) + static_cast<std::size_t>(block)) * static_cast<std::size_t>(runs) + static_cast<std::size_t>(run)) *
-                               kMaxRows * row_floats + static_cast<std::size_t>(r) * row_floats;
+    return states.data() +
+           ((static_cast<std::size_t>(head) * static_cast<std::size_t>(blocks) +
+             static_cast<std::size_t>(block)) *
+                static_cast<std::size_t>(runs) +
+            static_cast<std::size_t>(run)) *
+               kMaxRows * row_floats +
+           static_cast<std::size_t>(r) * row_floats;
   };
-  const auto query_row = [&](int head, int row) { return std::ptrdiff_t{row / group} * request.query_heads + head * group + row % group; };
+  const auto query_row = [&](int head, int row) {
+    return std::ptrdiff_t{row / group} * request.query_heads + head * group + row % group;
+  };
   pool_.run(request.kv_heads * blocks * runs, [&](int item, int) {
     const int head = item / (blocks * runs), block = item / runs % blocks, run = item % runs;
     const int first = block * kMaxRows, count = std::min(kMaxRows, rows - first);
@@ -50,19 +64,24 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
       const int tokens = std::min(kTile, request.tokens - t);
       const std::ptrdiff_t at = (std::ptrdiff_t{head} * request.tokens + t) * D;
       if (request.half)
-        kernels_.raw_scores_half(static_cast<const std::uint16_t*>(request.k) + at, D, tokens, D, q, count, scores, kTile);
+        kernels_.raw_scores_half(static_cast<const std::uint16_t*>(request.k) + at, D, tokens, D, q, count,
+                                 scores, kTile);
       else
-        kernels_.raw_scores_float(static_cast<const float*>(request.k) + at, D, tokens, D, q, count, scores, kTile);
+        kernels_.raw_scores_float(static_cast<const float*>(request.k) + at, D, tokens, D, q, count, scores,
+                                  kTile);
       for (int r = 0; r < count; ++r) {
         float* row = scores + r * kTile;
-        const int position = request.causal ? request.tokens - request.q_tokens + (first + r) / group : request.tokens - 1;
+        const int position =
+            request.causal ? request.tokens - request.q_tokens + (first + r) / group : request.tokens - 1;
         const int begin = request.sliding_window > 0 ? position + 1 - request.sliding_window : 0;
         if (request.softcap > 0)
-          for (int i = 0; i < tokens; ++i) row[i] = kLog2e * request.softcap * std::tanh(row[i] * kLn2 / request.softcap);
+          for (int i = 0; i < tokens; ++i)
+            row[i] = kLog2e * request.softcap * std::tanh(row[i] * kLn2 / request.softcap);
         for (int i = 0; i < tokens; ++i)
           if (t + i < begin || t + i > position) row[i] = kNone;
         if (request.logits)
-          for (int i = 0; i < tokens; ++i) request.logits[query_row(head, first + r) * request.tokens + t + i] = row[i] * kLn2;
+          for (int i = 0; i < tokens; ++i)
+            request.logits[query_row(head, first + r) * request.tokens + t + i] = row[i] * kLn2;
         SoftmaxArgs args{row, tokens, largest[r], sum[r], 1.0f};
         kernels_.softmax(args);
         largest[r] = args.running_max;
@@ -70,9 +89,11 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
         if (args.rescale != 1.0f) kernels_.scale_by(acc + r * D, D, args.rescale);
       }
       if (request.half)
-        kernels_.raw_accumulate_half(static_cast<const std::uint16_t*>(request.v) + at, D, tokens, D, scores, count, kTile, acc);
+        kernels_.raw_accumulate_half(static_cast<const std::uint16_t*>(request.v) + at, D, tokens, D, scores,
+                                     count, kTile, acc);
       else
-        kernels_.raw_accumulate_float(static_cast<const float*>(request.v) + at, D, tokens, D, scores, count, kTile, acc);
+        kernels_.raw_accumulate_float(static_cast<const float*>(request.v) + at, D, tokens, D, scores, count,
+                                      kTile, acc);
     }
     for (int r = 0; r < count; ++r) {
       float* state = state_at(head, block, run, r);
@@ -84,7 +105,8 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
   for (int head = 0; head < request.kv_heads; ++head)
     for (int row = 0; row < rows; ++row) {
       float best = kNone, sum = 0, out[kMaxHeadDim] = {};
-      for (int run = 0; run < runs; ++run) best = std::max(best, state_at(head, row / kMaxRows, run, row % kMaxRows)[0]);
+      for (int run = 0; run < runs; ++run)
+        best = std::max(best, state_at(head, row / kMaxRows, run, row % kMaxRows)[0]);
       for (int run = 0; run < runs && best != kNone; ++run) {
         const float* state = state_at(head, row / kMaxRows, run, row % kMaxRows);
         const float factor = std::exp2(state[0] - best);

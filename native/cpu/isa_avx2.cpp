@@ -1,4 +1,5 @@
-// AVX2 + FMA + F16C kernels. Integer dot products by maddubs: unsigned codes times signed query bytes, pairs added in 16 bits.
+// AVX2 + FMA + F16C kernels. Integer dot products by maddubs: unsigned codes times signed query bytes, pairs
+// added in 16 bits.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -33,8 +34,8 @@ inline __m256i broadcast_quad(const std::int8_t* at) {
   return _mm256_set1_epi32(quad);
 }
 
-// 8 kTiles rows x kVectors query vectors. A 16-bit lane holds pairs of products for `kRun` quads before it is widened:
-// 2 * (2^bits - 1) * 128 * kRun stays below 2^15.
+// 8 kTiles rows x kVectors query vectors. A 16-bit lane holds pairs of products for `kRun` quads before it is
+// widened: 2 * (2^bits - 1) * 128 * kRun stays below 2^15.
 template <int kVectors, int kTiles, int kRun, bool kNibbles>
 void dot_rows(const DotArgs& args, int row, int first) {
   const __m256i ones = _mm256_set1_epi16(1), low_nibble = _mm256_set1_epi8(15);
@@ -46,8 +47,10 @@ void dot_rows(const DotArgs& args, int row, int first) {
     for (int quad = begin; quad < end; ++quad) {
       __m256i code[kTiles];
       for (int t = 0; t < kTiles; ++t) {
-        code[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + std::ptrdiff_t{4} * quad * args.rows + 32 * t));
-        if constexpr (kNibbles) code[t] = _mm256_and_si256(first ? _mm256_srli_epi16(code[t], 4) : code[t], low_nibble);
+        code[t] = _mm256_loadu_si256(
+            reinterpret_cast<const __m256i*>(codes + std::ptrdiff_t{4} * quad * args.rows + 32 * t));
+        if constexpr (kNibbles)
+          code[t] = _mm256_and_si256(first ? _mm256_srli_epi16(code[t], 4) : code[t], low_nibble);
       }
       for (int v = 0; v < kVectors; ++v) {
         const std::ptrdiff_t at = v * args.stride + 4 * quad;
@@ -86,10 +89,14 @@ template <int kVectors>
 void dot_bits(const DotArgs& args) {
   switch (args.bits) {
     case 1:
-    case 2: return dot_vectors<kVectors, 32>(args);
-    case 3: return dot_vectors<kVectors, 16>(args);
-    case 4: return dot_vectors<kVectors, 8>(args);
-    default: return dot_vectors<kVectors, 8, true>(args);
+    case 2:
+      return dot_vectors<kVectors, 32>(args);
+    case 3:
+      return dot_vectors<kVectors, 16>(args);
+    case 4:
+      return dot_vectors<kVectors, 8>(args);
+    default:
+      return dot_vectors<kVectors, 8, true>(args);
   }
 }
 
@@ -100,8 +107,10 @@ void dot(const DotArgs& all) {
     args.lo = all.lo + done * all.stride;
     args.sums = all.sums + std::ptrdiff_t{done} * all.rows;
     const int left = all.vectors - done;
-    if (left >= 2) dot_bits<2>(args), done += 2;
-    else dot_bits<1>(args), done += 1;
+    if (left >= 2)
+      dot_bits<2>(args), done += 2;
+    else
+      dot_bits<1>(args), done += 1;
   }
 }
 
@@ -110,7 +119,8 @@ bool float_to_half(const float* value, std::uint16_t* half, std::size_t count) {
   const __m128i exponent = _mm_set1_epi16(0x7c00);
   std::size_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const __m128i bits = _mm256_cvtps_ph(_mm256_loadu_ps(value + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m128i bits =
+        _mm256_cvtps_ph(_mm256_loadu_ps(value + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     worst = _mm_or_si128(worst, _mm_cmpeq_epi16(_mm_and_si128(bits, exponent), exponent));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i), bits);
   }
@@ -129,7 +139,9 @@ constexpr Kernels kTable = table("avx2");
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &kTable : nullptr;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")
+             ? &kTable
+             : nullptr;
 }
 
 }  // namespace innerkv

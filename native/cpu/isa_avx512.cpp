@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, VL, DQ) + VNNI kernels. One vpdpbusd does 64 products of codes and query bytes into 16 sums.
+// AVX-512 (F, BW, VL, DQ) + VNNI kernels. One vpdpbusd does 64 products of codes and query bytes into 16
+// sums.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -32,7 +33,8 @@ void dot_rows(const DotArgs& args, int row) {
   const std::uint8_t* codes = args.bytes + std::ptrdiff_t{4} * row;
   for (int quad = 0; quad < args.quads; ++quad) {
     __m512i code[kTiles];
-    for (int t = 0; t < kTiles; ++t) code[t] = _mm512_loadu_si512(codes + std::ptrdiff_t{4} * quad * args.rows + 64 * t);
+    for (int t = 0; t < kTiles; ++t)
+      code[t] = _mm512_loadu_si512(codes + std::ptrdiff_t{4} * quad * args.rows + 64 * t);
     for (int v = 0; v < kVectors; ++v) {
       const __m512i q_hi = broadcast_quad(args.hi + v * args.stride + 4 * quad);
       const __m512i q_lo = broadcast_quad(args.lo + v * args.stride + 4 * quad);
@@ -62,9 +64,12 @@ void dot(const DotArgs& all) {
     args.lo = all.lo + done * all.stride;
     args.sums = all.sums + std::ptrdiff_t{done} * all.rows;
     const int left = all.vectors - done;
-    if (left >= 4) dot_vectors<4>(args), done += 4;
-    else if (left >= 2) dot_vectors<2>(args), done += 2;
-    else dot_vectors<1>(args), done += 1;
+    if (left >= 4)
+      dot_vectors<4>(args), done += 4;
+    else if (left >= 2)
+      dot_vectors<2>(args), done += 2;
+    else
+      dot_vectors<1>(args), done += 1;
   }
 }
 
@@ -73,7 +78,8 @@ bool float_to_half(const float* value, std::uint16_t* half, std::size_t count) {
   bool finite = true;
   std::size_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    const __m256i bits = _mm512_cvtps_ph(_mm512_loadu_ps(value + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i bits =
+        _mm512_cvtps_ph(_mm512_loadu_ps(value + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     finite &= _mm256_cmpeq_epi16_mask(_mm256_and_si256(bits, exponent), exponent) == 0;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i), bits);
   }
@@ -91,8 +97,9 @@ constexpr Kernels kTable = table("avx512");
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vnni")
              ? &kTable
              : nullptr;
 }

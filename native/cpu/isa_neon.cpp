@@ -13,13 +13,16 @@ using Vec = float __attribute__((vector_size(16)));
 using Ints = std::int32_t __attribute__((vector_size(16)));
 
 inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-inline Vec load_half(const std::uint16_t* at) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(at))); }
+inline Vec load_half(const std::uint16_t* at) {
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(at)));
+}
 inline float sum_lanes(Vec v) { return vaddvq_f32((float32x4_t)v); }
 inline void store_bytes(std::int8_t* at, Ints v) {
   for (int l = 0; l < kLanes; ++l) at[l] = static_cast<std::int8_t>(v[l]);
 }
 
-// Codes of up to 4 bits are non-negative signed bytes, so the signed dot product serves; 8-bit codes go as two nibbles.
+// Codes of up to 4 bits are non-negative signed bytes, so the signed dot product serves; 8-bit codes go as
+// two nibbles.
 template <int kVectors>
 void dot_rows(const DotArgs& args, int row) {
   const bool wide = args.bits == 8;
@@ -58,9 +61,12 @@ void dot(const DotArgs& all) {
     args.lo = all.lo + done * all.stride;
     args.sums = all.sums + std::ptrdiff_t{done} * all.rows;
     const int left = all.vectors - done;
-    if (left >= 4) dot_vectors<4>(args), done += 4;
-    else if (left >= 2) dot_vectors<2>(args), done += 2;
-    else dot_vectors<1>(args), done += 1;
+    if (left >= 4)
+      dot_vectors<4>(args), done += 4;
+    else if (left >= 2)
+      dot_vectors<2>(args), done += 2;
+    else
+      dot_vectors<1>(args), done += 1;
   }
 }
 

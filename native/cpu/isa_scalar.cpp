@@ -1,4 +1,5 @@
-// Portable CPU kernels: the baseline instruction set of the platform, no intrinsics. The other tables must match it.
+// Portable CPU kernels: the baseline instruction set of the platform, no intrinsics. The other tables must
+// match it.
 #include "kernels.h"
 
 namespace innerkv {
@@ -28,7 +29,8 @@ void dot(const DotArgs& args) {
       for (int j = 0; j < 4; ++j) q[j] = 256 * hi[4 * quad + j] + lo[4 * quad + j];
       const std::uint8_t* codes = args.bytes + std::ptrdiff_t{4} * quad * args.rows;
       for (int row = args.row_begin; row < args.row_end; ++row)
-        sums[row] += codes[4 * row] * q[0] + codes[4 * row + 1] * q[1] + codes[4 * row + 2] * q[2] + codes[4 * row + 3] * q[3];
+        sums[row] += codes[4 * row] * q[0] + codes[4 * row + 1] * q[1] + codes[4 * row + 2] * q[2] +
+                     codes[4 * row + 3] * q[3];
     }
   }
 }

@@ -1,5 +1,5 @@
-// The inner loops of the CPU backend, one table per instruction set. Plain pointers and sizes only: these functions are
-// compiled with instruction sets the rest of the program must not use.
+// The inner loops of the CPU backend, one table per instruction set. Plain pointers and sizes only: these
+// functions are compiled with instruction sets the rest of the program must not use.
 #pragma once
 
 #include <cstddef>
@@ -11,17 +11,19 @@
 
 namespace innerkv {
 
-inline constexpr int kMaxRows = 16;  // query rows (query tokens x query heads of a KV head) that share one pass over a page
+inline constexpr int kMaxRows =
+    16;  // query rows (query tokens x query heads of a KV head) that share one pass over a page
 
-/// 16-bit integers split as 256 hi + lo, both signed bytes, with one step per vector: value = step * (256 hi + lo).
+/// 16-bit integers split as 256 hi + lo, both signed bytes, with one step per vector: value = step * (256 hi
+/// + lo).
 struct DotArgs {
-  const std::uint8_t* bytes;  // [quads][rows][4] one code per byte
-  int rows, quads, bits;      // rows a multiple of 16; first row..: see row_begin
-  int row_begin, row_end;     // multiples of 16, except that row_end may be rows
-  const std::int8_t *hi, *lo; // [vectors][4 * quads], vectors `stride` bytes apart
+  const std::uint8_t* bytes;   // [quads][rows][4] one code per byte
+  int rows, quads, bits;       // rows a multiple of 16; first row..: see row_begin
+  int row_begin, row_end;      // multiples of 16, except that row_end may be rows
+  const std::int8_t *hi, *lo;  // [vectors][4 * quads], vectors `stride` bytes apart
   std::ptrdiff_t stride;
-  int vectors;                // <= kMaxRows
-  std::int32_t* sums;         // [vectors][rows]: sum over the reduction of code * (256 hi + lo)
+  int vectors;         // <= kMaxRows
+  std::int32_t* sums;  // [vectors][rows]: sum over the reduction of code * (256 hi + lo)
 };
 
 /// Feedback rounding of one key. docs/format.md section 6.
@@ -36,7 +38,8 @@ struct FeedbackArgs {
   std::uint8_t* codes;  // [D]
 };
 
-/// A query in the basis of stored keys, as integers: rotate, dot with the mean, multiply by lam, Hadamard, split.
+/// A query in the basis of stored keys, as integers: rotate, dot with the mean, multiply by lam, Hadamard,
+/// split.
 struct QueryArgs {
   const float* q;  // [D]
   int head_dim;
@@ -52,7 +55,7 @@ struct QueryArgs {
 };
 
 struct SoftmaxArgs {
-  float* scores;        // [count] base-2 logits in, probabilities relative to the running maximum out
+  float* scores;  // [count] base-2 logits in, probabilities relative to the running maximum out
   int count;
   float running_max, running_sum;  // in and out
   float rescale;                   // out: what earlier accumulators must be multiplied by
@@ -73,22 +76,25 @@ struct Kernels {
   void (*hadamard)(float* x, int count);
   GroupScale (*quantise_group)(const float* x, int count, const GroupRule& rule, std::uint8_t* codes);
   std::uint16_t (*round_feedback)(const FeedbackArgs& args);
-  /// scores[r * score_stride + t] = q[r] . k[t] for raw K of float32 or binary16, q [rows][D], k rows `k_stride` elements apart.
-  void (*raw_scores_half)(const std::uint16_t* k, std::ptrdiff_t k_stride, int tokens, int head_dim, const float* q, int rows,
-                          float* scores, std::ptrdiff_t score_stride);
-  void (*raw_scores_float)(const float* k, std::ptrdiff_t k_stride, int tokens, int head_dim, const float* q, int rows,
-                           float* scores, std::ptrdiff_t score_stride);
+  /// scores[r * score_stride + t] = q[r] . k[t] for raw K of float32 or binary16, q [rows][D], k rows
+  /// `k_stride` elements apart.
+  void (*raw_scores_half)(const std::uint16_t* k, std::ptrdiff_t k_stride, int tokens, int head_dim,
+                          const float* q, int rows, float* scores, std::ptrdiff_t score_stride);
+  void (*raw_scores_float)(const float* k, std::ptrdiff_t k_stride, int tokens, int head_dim, const float* q,
+                           int rows, float* scores, std::ptrdiff_t score_stride);
   /// acc[r * D + c] += sum over t of p[r * p_stride + t] * v[t][c].
-  void (*raw_accumulate_half)(const std::uint16_t* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows,
-                              std::ptrdiff_t p_stride, float* acc);
-  void (*raw_accumulate_float)(const float* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows,
-                               std::ptrdiff_t p_stride, float* acc);
+  void (*raw_accumulate_half)(const std::uint16_t* v, std::ptrdiff_t v_stride, int tokens, int head_dim,
+                              const float* p, int rows, std::ptrdiff_t p_stride, float* acc);
+  void (*raw_accumulate_float)(const float* v, std::ptrdiff_t v_stride, int tokens, int head_dim,
+                               const float* p, int rows, std::ptrdiff_t p_stride, float* acc);
   void (*softmax)(SoftmaxArgs& args);
-  /// scores[i] += scale[i] * step * (2 sums[i] - bias) / 2, or + offset[i] * (step * total) as well when offset is not null.
-  void (*add_scores)(const std::int32_t* sums, int count, const float* scale, const float* offset, float step, std::int32_t total,
-                     int center2, float* scores);
+  /// scores[i] += scale[i] * step * (2 sums[i] - bias) / 2, or + offset[i] * (step * total) as well when
+  /// offset is not null.
+  void (*add_scores)(const std::int32_t* sums, int count, const float* scale, const float* offset, float step,
+                     std::int32_t total, int center2, float* scores);
   /// acc[i] += (scale ? scale[i] : 1) * step * (2 sums[i] - center2 * total) / 2.
-  void (*add_values)(const std::int32_t* sums, int count, const float* scale, float step, std::int32_t total, int center2, float* acc);
+  void (*add_values)(const std::int32_t* sums, int count, const float* scale, float step, std::int32_t total,
+                     int center2, float* acc);
   /// weights[i] = p[i] * scale[i].
   void (*multiply)(const float* p, const float* scale, int count, float* weights);
   void (*scale_by)(float* x, int count, float factor);
@@ -102,7 +108,7 @@ const Kernels& select_kernels(const char* forced);
 const Kernels* const* available_kernels();
 
 const Kernels* scalar_kernels();
-const Kernels* avx2_kernels();    // nullptr where not built or not runnable
+const Kernels* avx2_kernels();  // nullptr where not built or not runnable
 const Kernels* avx512_kernels();
 const Kernels* neon_kernels();
 

@@ -1,9 +1,11 @@
-// Bodies shared by all instruction sets, included once by each isa_*.cpp inside its own unnamed namespace, after it has
-// defined: kLanes, kRegisters, Vec and Ints (kLanes numbers), fma, load_half, sum_lanes, store_bytes, dot. Loops are written so that the compiler turns
-// them into vectors of that file's width; nothing here is visible outside the file.
+// Bodies shared by all instruction sets, included once by each isa_*.cpp inside its own unnamed namespace,
+// after it has defined: kLanes, kRegisters, Vec and Ints (kLanes numbers), fma, load_half, sum_lanes,
+// store_bytes, dot. Loops are written so that the compiler turns them into vectors of that file's width;
+// nothing here is visible outside the file.
 //
 // Bits: everything that decides stored codes uses separate multiplications and additions (the build forbids
 // contraction) in the order of docs/format.md; only attention uses fma.
+// Long file: every body shared by the instruction sets; they are compiled together.
 
 // ---- codes ----
 
@@ -11,7 +13,8 @@ using Word = std::uint32_t __attribute__((may_alias));
 
 template <int kWidth>
 struct Words {
-  typedef std::uint32_t Type __attribute__((vector_size(4 * kWidth)));  // an alias would lose a dependent attribute
+  typedef std::uint32_t Type
+      __attribute__((vector_size(4 * kWidth)));  // an alias would lose a dependent attribute
   static Type load(const Word* at) {
     Type value;
     __builtin_memcpy(&value, at, sizeof value);
@@ -30,7 +33,8 @@ void unpack_words(const CodeShape& shape, const std::uint8_t* packed, std::uint8
   for (int quad = 0; quad < shape.quads; ++quad, from += words, to += shape.rows)
     for (int x = 0; x < words; x += kWidth) {
       const auto word = Words<kWidth>::load(from + x);
-      for (int c = 0; c < kClasses; ++c) Words<kWidth>::store(to + c * words + x, word >> (kBits * c) & kMask);
+      for (int c = 0; c < kClasses; ++c)
+        Words<kWidth>::store(to + c * words + x, word >> (kBits * c) & kMask);
     }
 }
 
@@ -57,11 +61,16 @@ void unpack_triples(const CodeShape& shape, const std::uint8_t* packed, std::uin
 template <int kWidth>
 void unpack_width(const CodeShape& shape, const std::uint8_t* packed, std::uint8_t* bytes) {
   switch (shape.bits) {
-    case 1: return unpack_words<1, kWidth>(shape, packed, bytes);
-    case 2: return unpack_words<2, kWidth>(shape, packed, bytes);
-    case 3: return unpack_triples<kWidth>(shape, packed, bytes);
-    case 4: return unpack_words<4, kWidth>(shape, packed, bytes);
-    default: return unpack_words<8, kWidth>(shape, packed, bytes);
+    case 1:
+      return unpack_words<1, kWidth>(shape, packed, bytes);
+    case 2:
+      return unpack_words<2, kWidth>(shape, packed, bytes);
+    case 3:
+      return unpack_triples<kWidth>(shape, packed, bytes);
+    case 4:
+      return unpack_words<4, kWidth>(shape, packed, bytes);
+    default:
+      return unpack_words<8, kWidth>(shape, packed, bytes);
   }
 }
 
@@ -159,12 +168,18 @@ void hadamard_block(float* x) {
 
 void hadamard_all(float* x, int count) {
   switch (count) {
-    case 64: return hadamard_block<64>(x);
-    case 80: return hadamard_block<64>(x), hadamard_block<16>(x + 64);
-    case 96: return hadamard_block<64>(x), hadamard_block<32>(x + 64);
-    case 128: return hadamard_block<128>(x);
-    case 256: return hadamard_block<256>(x);
-    default: return hadamard(x, count);
+    case 64:
+      return hadamard_block<64>(x);
+    case 80:
+      return hadamard_block<64>(x), hadamard_block<16>(x + 64);
+    case 96:
+      return hadamard_block<64>(x), hadamard_block<32>(x + 64);
+    case 128:
+      return hadamard_block<128>(x);
+    case 256:
+      return hadamard_block<256>(x);
+    default:
+      return hadamard(x, count);
   }
 }
 
@@ -226,7 +241,8 @@ using RatioInts = std::int32_t __attribute__((vector_size(32)));
 std::uint16_t round_feedback(const FeedbackArgs& args) {
   constexpr int kColumns = 8;  // columns whose running values stay in registers
   const int D = args.head_dim;
-  const float top = static_cast<float>((1 << args.bits) - 1), half_levels = static_cast<float>(1 << (args.bits - 1));
+  const float top = static_cast<float>((1 << args.bits) - 1),
+              half_levels = static_cast<float>(1 << (args.bits - 1));
   const float center = 0.5f * top;
   const float full = 2.0f * max_magnitude(args.x, D) / top;
   float x[kMaxHeadDim];
@@ -274,13 +290,15 @@ std::uint16_t round_feedback(const FeedbackArgs& args) {
   }
   const float chosen = scale[best];
   const float num = ordered_sum(D, [&](int i) { return x[i] * image[i]; });
-  const float den = ordered_sum(D, [&](int i) { return chosen * (static_cast<float>(codes[i][best]) - center) * image[i]; });
+  const float den = ordered_sum(
+      D, [&](int i) { return chosen * (static_cast<float>(codes[i][best]) - center) * image[i]; });
   return unbiased_scale(chosen, num, den);
 }
 
 // ---- raw (16- or 32-bit) attention ----
 
-// Sums of the lanes of kLanes vectors, as the lanes of one: log2(kLanes) rounds of two shuffles and an addition.
+// Sums of the lanes of kLanes vectors, as the lanes of one: log2(kLanes) rounds of two shuffles and an
+// addition.
 template <int kBlock>
 inline Vec fold(Vec a, Vec b) {
   Ints low, high;
@@ -301,7 +319,8 @@ inline void fold_all(Vec* v) {
 }
 
 template <int kTokens, int kRows, class T>
-void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, float* scores, std::ptrdiff_t score_stride) {
+void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, float* scores,
+                std::ptrdiff_t score_stride) {
   Vec acc[kRows * kTokens] = {};
   for (int c = 0; c < head_dim; c += kLanes) {
     Vec key[kTokens];
@@ -324,24 +343,31 @@ void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* 
 }
 
 template <int kTokens, class T>
-void score_rows(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, int rows, float* scores, std::ptrdiff_t score_stride) {
+void score_rows(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, int rows, float* scores,
+                std::ptrdiff_t score_stride) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4) score_tile<kTokens, 4>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
-  for (; r + 2 <= rows; r += 2) score_tile<kTokens, 2>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
-  for (; r < rows; ++r) score_tile<kTokens, 1>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  for (; r + 4 <= rows; r += 4)
+    score_tile<kTokens, 4>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  for (; r + 2 <= rows; r += 2)
+    score_tile<kTokens, 2>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  for (; r < rows; ++r)
+    score_tile<kTokens, 1>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
 }
 
 template <class T>
-void raw_scores(const T* k, std::ptrdiff_t k_stride, int tokens, int head_dim, const float* q, int rows, float* scores,
-                std::ptrdiff_t score_stride) {
+void raw_scores(const T* k, std::ptrdiff_t k_stride, int tokens, int head_dim, const float* q, int rows,
+                float* scores, std::ptrdiff_t score_stride) {
   constexpr int kStep = kRegisters >= 32 ? 4 : 2;
   int t = 0;
-  for (; t + kStep <= tokens; t += kStep) score_rows<kStep>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
-  for (; t < tokens; ++t) score_rows<1>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
+  for (; t + kStep <= tokens; t += kStep)
+    score_rows<kStep>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
+  for (; t < tokens; ++t)
+    score_rows<1>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
 }
 
 template <int kRows, int kVecs, class T>
-void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, std::ptrdiff_t p_stride, float* acc) {
+void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p,
+                     std::ptrdiff_t p_stride, float* acc) {
   Vec sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVecs; ++i) sum[r][i] = load(acc + std::ptrdiff_t{r} * head_dim + i * kLanes);
@@ -354,35 +380,45 @@ void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_d
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int i = 0; i < kVecs; ++i) __builtin_memcpy(acc + std::ptrdiff_t{r} * head_dim + i * kLanes, &sum[r][i], sizeof(Vec));
+    for (int i = 0; i < kVecs; ++i)
+      __builtin_memcpy(acc + std::ptrdiff_t{r} * head_dim + i * kLanes, &sum[r][i], sizeof(Vec));
 }
 
 template <int kVecs, class T>
-void accumulate_rows(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows, std::ptrdiff_t p_stride, float* acc) {
+void accumulate_rows(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows,
+                     std::ptrdiff_t p_stride, float* acc) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4) accumulate_tile<4, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
-  for (; r < rows; ++r) accumulate_tile<1, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
+  for (; r + 4 <= rows; r += 4)
+    accumulate_tile<4, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
+  for (; r < rows; ++r)
+    accumulate_tile<1, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
 }
 
 template <class T>
-void raw_accumulate(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows, std::ptrdiff_t p_stride, float* acc) {
+void raw_accumulate(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows,
+                    std::ptrdiff_t p_stride, float* acc) {
   constexpr int kVecs = kRegisters >= 32 ? 4 : 2;
   int c = 0;
   for (; c + kVecs * kLanes <= head_dim; c += kVecs * kLanes)
     accumulate_rows<kVecs>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
-  for (; c < head_dim; c += kLanes) accumulate_rows<1>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
+  for (; c < head_dim; c += kLanes)
+    accumulate_rows<1>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
 }
 
-void raw_scores_half(const std::uint16_t* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows, float* out, std::ptrdiff_t os) {
+void raw_scores_half(const std::uint16_t* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows,
+                     float* out, std::ptrdiff_t os) {
   raw_scores(k, s, tokens, d, q, rows, out, os);
 }
-void raw_scores_float(const float* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows, float* out, std::ptrdiff_t os) {
+void raw_scores_float(const float* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows,
+                      float* out, std::ptrdiff_t os) {
   raw_scores(k, s, tokens, d, q, rows, out, os);
 }
-void raw_accumulate_half(const std::uint16_t* v, std::ptrdiff_t s, int tokens, int d, const float* p, int rows, std::ptrdiff_t ps, float* acc) {
+void raw_accumulate_half(const std::uint16_t* v, std::ptrdiff_t s, int tokens, int d, const float* p,
+                         int rows, std::ptrdiff_t ps, float* acc) {
   raw_accumulate(v, s, tokens, d, p, rows, ps, acc);
 }
-void raw_accumulate_float(const float* v, std::ptrdiff_t s, int tokens, int d, const float* p, int rows, std::ptrdiff_t ps, float* acc) {
+void raw_accumulate_float(const float* v, std::ptrdiff_t s, int tokens, int d, const float* p, int rows,
+                          std::ptrdiff_t ps, float* acc) {
   raw_accumulate(v, s, tokens, d, p, rows, ps, acc);
 }
 
@@ -394,7 +430,8 @@ inline Vec exp2_nonpositive(Vec x) {
   const Vec shifted = clamped + 12582912.0f;
   const Vec f = clamped - (shifted - 12582912.0f);
   Vec poly = Vec{} + 1.535336188319500e-4f;
-  for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+  for (const float coefficient : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                                  2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
     poly = fma(poly, f, Vec{} + coefficient);
   using Unsigned = std::uint32_t __attribute__((vector_size(4 * kLanes)));
   const Vec value = (Vec)((Unsigned)poly + ((Unsigned)shifted << 23));
@@ -438,8 +475,9 @@ inline float centred(std::int32_t sum, std::uint32_t bias) {
   return static_cast<float>(static_cast<std::int32_t>(2u * static_cast<std::uint32_t>(sum) - bias));
 }
 
-void add_scores(const std::int32_t* __restrict sums, int count, const float* __restrict scale, const float* __restrict offset, float step,
-                std::int32_t total, int center2, float* __restrict scores) {
+void add_scores(const std::int32_t* __restrict sums, int count, const float* __restrict scale,
+                const float* __restrict offset, float step, std::int32_t total, int center2,
+                float* __restrict scores) {
   const float half_step = 0.5f * step;
   const std::uint32_t bias = static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total);
   for (int i = 0; i < count; ++i) scores[i] += scale[i] * (half_step * centred(sums[i], bias));
@@ -448,8 +486,8 @@ void add_scores(const std::int32_t* __restrict sums, int count, const float* __r
   for (int i = 0; i < count; ++i) scores[i] += offset[i] * whole;
 }
 
-void add_values(const std::int32_t* __restrict sums, int count, const float* __restrict scale, float step, std::int32_t total, int center2,
-                float* __restrict acc) {
+void add_values(const std::int32_t* __restrict sums, int count, const float* __restrict scale, float step,
+                std::int32_t total, int center2, float* __restrict acc) {
   const float half_step = 0.5f * step;
   const std::uint32_t bias = static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total);
   if (scale)
@@ -458,7 +496,8 @@ void add_values(const std::int32_t* __restrict sums, int count, const float* __r
     for (int i = 0; i < count; ++i) acc[i] += half_step * centred(sums[i], bias);
 }
 
-void multiply(const float* __restrict p, const float* __restrict scale, int count, float* __restrict weights) {
+void multiply(const float* __restrict p, const float* __restrict scale, int count,
+              float* __restrict weights) {
   for (int i = 0; i < count; ++i) weights[i] = p[i] * scale[i];
 }
 
@@ -467,7 +506,24 @@ void scale_by(float* x, int count, float factor) {
 }
 
 constexpr Kernels table(const char* isa) {
-  return {isa,      unpack,         dot,           half_to_float,    float_to_half,       split,  prepare_query, rotate,
-          hadamard_all, quantise_group_here, round_feedback, raw_scores_half, raw_scores_float, raw_accumulate_half,
-          raw_accumulate_float, softmax, add_scores, add_values, multiply, scale_by};
+  return {isa,
+          unpack,
+          dot,
+          half_to_float,
+          float_to_half,
+          split,
+          prepare_query,
+          rotate,
+          hadamard_all,
+          quantise_group_here,
+          round_feedback,
+          raw_scores_half,
+          raw_scores_float,
+          raw_accumulate_half,
+          raw_accumulate_float,
+          softmax,
+          add_scores,
+          add_values,
+          multiply,
+          scale_by};
 }

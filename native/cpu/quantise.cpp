@@ -13,22 +13,31 @@ void append_zero(std::vector<Slot>& extents, int& count, std::uint16_t zero) {
   ++count;
 }
 
-void rotate(const Kernels& kernels, float* x, int head_dim, const Rotation& rotation, const RopeConfig& rope) {
-  kernels.rotate(x, head_dim, rotation.cos.data(), rotation.sin.data(), static_cast<int>(rope.theta.size()), rope.half_layout);
+void rotate(const Kernels& kernels, float* x, int head_dim, const Rotation& rotation,
+            const RopeConfig& rope) {
+  kernels.rotate(x, head_dim, rotation.cos.data(), rotation.sin.data(), static_cast<int>(rope.theta.size()),
+                 rope.half_layout);
 }
 
 /// Everything one page task needs; D-sized buffers live on the stack of the task.
 class PageWriter {
  public:
-  PageWriter(const Kernels& kernels, const CacheConfig& config, const QuantiseJob& job, const RotationTable& rotations)
-      : kernels_(kernels), job_(job), scheme_(*job.scheme), rotations_(rotations), D_(config.head_dim),
-        layout_(job.scheme->k, job.scheme->v, config.head_dim), k_(job.page->bytes.data() + layout_.k_at()),
+  PageWriter(const Kernels& kernels, const CacheConfig& config, const QuantiseJob& job,
+             const RotationTable& rotations)
+      : kernels_(kernels),
+        job_(job),
+        scheme_(*job.scheme),
+        rotations_(rotations),
+        D_(config.head_dim),
+        layout_(job.scheme->k, job.scheme->v, config.head_dim),
+        k_(job.page->bytes.data() + layout_.k_at()),
         v_(job.page->bytes.data() + layout_.v_at()) {}
 
   void write() {
     for (int i = 0; i < job_.k_count; ++i) write_key(job_.k_first + i, job_.k + std::ptrdiff_t{i} * D_);
     if (scheme_.v.group == Group::kTokens32 && !scheme_.v.raw())
-      for (int i = 0; i < job_.v_count; i += kBlockTokens32) write_value_block(job_.v_first + i, job_.v + std::ptrdiff_t{i} * D_);
+      for (int i = 0; i < job_.v_count; i += kBlockTokens32)
+        write_value_block(job_.v_first + i, job_.v + std::ptrdiff_t{i} * D_);
     else
       for (int i = 0; i < job_.v_count; ++i) write_value(job_.v_first + i, job_.v + std::ptrdiff_t{i} * D_);
   }
@@ -37,7 +46,8 @@ class PageWriter {
   void transform_key(int slot, float* x) const {
     if (scheme_.block_tokens > 0) {
       const int token = job_.page_index * kPageTokens + slot;
-      rotate(kernels_, x, D_, rotations_.at(block_position(job_.sink, scheme_.block_tokens, token)), rotations_.rope());
+      rotate(kernels_, x, D_, rotations_.at(block_position(job_.sink, scheme_.block_tokens, token)),
+             rotations_.rope());
     }
     if (job_.basis && !job_.basis->mean.empty())
       for (int c = 0; c < D_; ++c) x[c] -= job_.basis->mean[static_cast<std::size_t>(c)];
@@ -50,7 +60,8 @@ class PageWriter {
     return {spec.bits, spec.mode, ratios.data(), static_cast<int>(ratios.size()), unbiased};
   }
 
-  static void store(const TensorLayout& layout, std::uint8_t* base, int index, const GroupScale& scale, std::vector<Slot>& extents, int& zeros) {
+  static void store(const TensorLayout& layout, std::uint8_t* base, int index, const GroupScale& scale,
+                    std::vector<Slot>& extents, int& zeros) {
     halves(base + layout.scales_at())[index] = scale.scale;
     if (!scale.has_zero) return;
     if (layout.spec.dense_zeros())
@@ -71,14 +82,17 @@ class PageWriter {
     transform_key(slot, x);
     if (scheme_.feedback()) {
       const Basis& basis = *job_.basis;
-      const std::uint16_t scale = kernels_.round_feedback({x, D_, layout.spec.bits, basis.order.data(), basis.feedback.data(), basis.pivot.data(), basis.metric.data(),
-                                                           scheme_.clip_k.data(), static_cast<int>(scheme_.clip_k.size()), scheme_.unbiased_k, codes});
+      const std::uint16_t scale =
+          kernels_.round_feedback({x, D_, layout.spec.bits, basis.order.data(), basis.feedback.data(),
+                                   basis.pivot.data(), basis.metric.data(), scheme_.clip_k.data(),
+                                   static_cast<int>(scheme_.clip_k.size()), scheme_.unbiased_k, codes});
       halves(k_ + layout.scales_at())[layout.scale_index(slot, 0)] = scale;
     } else {
       for (int g = 0; g < layout.groups(); ++g) {
         const int begin = layout.group_begin(g);
         store(layout, k_, layout.scale_index(slot, g),
-              kernels_.quantise_group(x + begin, layout.group_end(g) - begin, rule(layout.spec, scheme_.clip_k, scheme_.unbiased_k), codes + begin),
+              kernels_.quantise_group(x + begin, layout.group_end(g) - begin,
+                                      rule(layout.spec, scheme_.clip_k, scheme_.unbiased_k), codes + begin),
               job_.page->k_zeros, job_.page->k_zero_count);
       }
     }
@@ -98,7 +112,8 @@ class PageWriter {
     for (int g = 0; g < layout.groups(); ++g) {
       const int begin = layout.group_begin(g);
       store(layout, v_, layout.scale_index(slot, g),
-            kernels_.quantise_group(x + begin, layout.group_end(g) - begin, rule(layout.spec, scheme_.clip_v, scheme_.unbiased_v), codes + begin),
+            kernels_.quantise_group(x + begin, layout.group_end(g) - begin,
+                                    rule(layout.spec, scheme_.clip_v, scheme_.unbiased_v), codes + begin),
             job_.page->v_zeros, job_.page->v_zero_count);
     }
     put_column(v_, layout.codes(), slot, codes);
@@ -114,7 +129,9 @@ class PageWriter {
     }
     for (int c = 0; c < D_; ++c) {
       for (int t = 0; t < kBlockTokens32; ++t) column[t] = x[t][c];
-      store(layout, v_, layout.scale_index(slot, c), kernels_.quantise_group(column, kBlockTokens32, rule(layout.spec, scheme_.clip_v, scheme_.unbiased_v), codes),
+      store(layout, v_, layout.scale_index(slot, c),
+            kernels_.quantise_group(column, kBlockTokens32,
+                                    rule(layout.spec, scheme_.clip_v, scheme_.unbiased_v), codes),
             job_.page->v_zeros, job_.page->v_zero_count);
       for (int t = 0; t < kBlockTokens32; ++t) put_code(v_, layout.codes(), c, slot + t, codes[t]);
     }
@@ -131,24 +148,30 @@ class PageWriter {
 
 }  // namespace
 
-void CpuBackend::quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs, const RotationTable& rotations) {
-  pool_.run(static_cast<int>(jobs.size()), [&](int item, int) { PageWriter(kernels_, config, jobs[static_cast<std::size_t>(item)], rotations).write(); });
+void CpuBackend::quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
+                          const RotationTable& rotations) {
+  pool_.run(static_cast<int>(jobs.size()), [&](int item, int) {
+    PageWriter(kernels_, config, jobs[static_cast<std::size_t>(item)], rotations).write();
+  });
 }
 
-void CpuBackend::decode(const CacheConfig& config, const QuantiseJob& job, const RotationTable& rotations, float* k, float* v) {
+void CpuBackend::decode(const CacheConfig& config, const QuantiseJob& job, const RotationTable& rotations,
+                        float* k, float* v) {
   const int D = config.head_dim;
   const LayerScheme& scheme = *job.scheme;
   const PageLayout layout(scheme.k, scheme.v, D);
   std::memset(k, 0, sizeof(float) * static_cast<std::size_t>(kPageTokens * D));
   std::memset(v, 0, sizeof(float) * static_cast<std::size_t>(kPageTokens * D));
-  const auto decode_tensor = [&](const TensorLayout& tensor, const std::uint8_t* base, const std::vector<Slot>& extents, int slots, float* to) {
+  const auto decode_tensor = [&](const TensorLayout& tensor, const std::uint8_t* base,
+                                 const std::vector<Slot>& extents, int slots, float* to) {
     const auto half_at = [&](std::size_t section, int index) {
       std::uint16_t bits;
       std::memcpy(&bits, base + section + std::size_t{2} * static_cast<std::size_t>(index), 2);
       return bits;
     };
     if (tensor.spec.raw()) {
-      kernels_.half_to_float(reinterpret_cast<const std::uint16_t*>(base), to, static_cast<std::size_t>(slots * D));
+      kernels_.half_to_float(reinterpret_cast<const std::uint16_t*>(base), to,
+                             static_cast<std::size_t>(slots * D));
       return;
     }
     const CodeShape shape = tensor.codes();
@@ -162,17 +185,20 @@ void CpuBackend::decode(const CacheConfig& config, const QuantiseJob& job, const
         std::uint16_t zero = 0;
         if (tensor.spec.dense_zeros()) zero = half_at(tensor.zeros_at(), index);
         if (tensor.spec.compact_zeros() && (scale & 0x8000u)) {
-          zero = reinterpret_cast<const std::uint16_t*>(extents[static_cast<std::size_t>(zeros / kZeroExtent)].data())[zeros % kZeroExtent];
+          zero = reinterpret_cast<const std::uint16_t*>(
+              extents[static_cast<std::size_t>(zeros / kZeroExtent)].data())[zeros % kZeroExtent];
           ++zeros;
         }
         const Dequantiser map = dequantiser(tensor.spec.bits, tensor.spec.mode, scale, zero);
-        const float center = tensor.spec.mode == Mode::kMidRise ? 0.5f * static_cast<float>(tensor.spec.levels() - 1) : 0.0f;
+        const float center =
+            tensor.spec.mode == Mode::kMidRise ? 0.5f * static_cast<float>(tensor.spec.levels() - 1) : 0.0f;
         const int begin = blocks ? g : tensor.group_begin(g), end = blocks ? g + 1 : tensor.group_end(g);
         for (int t = slot; t < slot + span; ++t)
           for (int c = begin; c < end; ++c) {
             const unsigned code = tensor.value ? get_code(base, shape, c, t) : get_code(base, shape, t, c);
-            to[t * D + c] = tensor.spec.mode == Mode::kMidRise ? map.scale * (static_cast<float>(code) - center)
-                                                               : map.scale * static_cast<float>(code) + map.offset;
+            to[t * D + c] = tensor.spec.mode == Mode::kMidRise
+                                ? map.scale * (static_cast<float>(code) - center)
+                                : map.scale * static_cast<float>(code) + map.offset;
           }
       }
   };
@@ -190,7 +216,10 @@ void CpuBackend::decode(const CacheConfig& config, const QuantiseJob& job, const
     if (job.basis && !job.basis->mean.empty())
       for (int c = 0; c < D; ++c) x[c] += job.basis->mean[static_cast<std::size_t>(c)];
     if (scheme.block_tokens > 0) {
-      rotate(kernels_, x, D, rotations.forward(block_position(job.sink, scheme.block_tokens, job.page_index * kPageTokens + t)), rotations.rope());
+      rotate(
+          kernels_, x, D,
+          rotations.forward(block_position(job.sink, scheme.block_tokens, job.page_index * kPageTokens + t)),
+          rotations.rope());
     }
   }
 }

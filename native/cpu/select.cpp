@@ -1,4 +1,5 @@
-// Chooses the kernel table once, by what the machine can run; never silently something else than what was asked for.
+// Chooses the kernel table once, by what the machine can run; never silently something else than what was
+// asked for.
 #include <array>
 #include <cstring>
 #include <string>
@@ -36,7 +37,8 @@ const Kernels& select_kernels(const char* forced) {
     names += names.empty() ? "" : ", ";
     names += (*tables)->isa;
   }
-  throw Error(ErrorCode::kUnsupported, std::string("INNERKV_ISA=") + forced + " is not available on this machine. Available: " + names + ".");
+  throw Error(ErrorCode::kUnsupported, std::string("INNERKV_ISA=") + forced +
+                                           " is not available on this machine. Available: " + names + ".");
 }
 
 }  // namespace innerkv

@@ -27,7 +27,9 @@ class ThreadPool {
       for (int item = 0; item < items; ++item) task(item, 0);
       return;
     }
-    run_loop(items, [](void* context, int item, int thread) { (*static_cast<Task*>(context))(item, thread); }, &task);
+    run_loop(
+        items, [](void* context, int item, int thread) { (*static_cast<Task*>(context))(item, thread); },
+        &task);
   }
 
  private:

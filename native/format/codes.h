@@ -1,7 +1,8 @@
 // Byte-lane code layout: where the b bits of element (row, k) of a matrix sit. docs/format.md section 2.
 //
-// A 32-bit word holds, in byte j, element j of a quad (four consecutive elements of the reduction dimension) for the
-// rows x, x + X, x + 2X, ... (the classes). A mask isolates a class; the power of two it leaves behind belongs to the row.
+// A 32-bit word holds, in byte j, element j of a quad (four consecutive elements of the reduction dimension)
+// for the rows x, x + X, x + 2X, ... (the classes). A mask isolates a class; the power of two it leaves
+// behind belongs to the row.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +42,8 @@ constexpr INNERKV_HD void put_bits(std::uint8_t* byte, int shift, unsigned mask,
   *byte = static_cast<std::uint8_t>((*byte & ~(mask << shift)) | (value & mask) << shift);
 }
 
-constexpr INNERKV_HD void put_code(std::uint8_t* codes, const CodeShape& shape, int row, int k, unsigned code) {
+constexpr INNERKV_HD void put_code(std::uint8_t* codes, const CodeShape& shape, int row, int k,
+                                   unsigned code) {
   std::uint8_t* at = codes + code_byte(shape, row, k);
   const int cls = row / shape.words();
   if (shape.bits != 3) return put_bits(at, shape.bits * cls, (1u << shape.bits) - 1u, code);
@@ -52,7 +54,8 @@ constexpr INNERKV_HD void put_code(std::uint8_t* codes, const CodeShape& shape, 
 }
 
 /// Writes the codes of one row, k = first ... first + count - 1: a token's key.
-INNERKV_HD void put_row(std::uint8_t* codes, const CodeShape& shape, int row, const std::uint8_t* values, int count) {
+INNERKV_HD void put_row(std::uint8_t* codes, const CodeShape& shape, int row, const std::uint8_t* values,
+                        int count) {
   const int cls = row / shape.words();
   const std::size_t quad_bytes = shape.quad_bytes();
   std::uint8_t* at = codes + std::size_t{4} * (row % shape.words());
@@ -84,13 +87,17 @@ constexpr bool codes_round_trip(int bits) {
   std::uint8_t bytes[512] = {};
   for (int pass = 0; pass < 2; ++pass)  // the second pass overwrites: no bit may leak into a neighbour
     for (int row = 0; row < shape.rows; ++row)
-      for (int k = 0; k < 8; ++k) put_code(bytes, shape, row, k, static_cast<unsigned>(row * 5 + k * 3 + pass * 7));
+      for (int k = 0; k < 8; ++k)
+        put_code(bytes, shape, row, k, static_cast<unsigned>(row * 5 + k * 3 + pass * 7));
   for (int row = 0; row < shape.rows; ++row)
     for (int k = 0; k < 8; ++k)
-      if (get_code(bytes, shape, row, k) != (static_cast<unsigned>(row * 5 + k * 3 + 7) & ((1u << bits) - 1u))) return false;
+      if (get_code(bytes, shape, row, k) !=
+          (static_cast<unsigned>(row * 5 + k * 3 + 7) & ((1u << bits) - 1u)))
+        return false;
   return true;
 }
-static_assert(codes_round_trip(1) && codes_round_trip(2) && codes_round_trip(3) && codes_round_trip(4) && codes_round_trip(8));
+static_assert(codes_round_trip(1) && codes_round_trip(2) && codes_round_trip(3) && codes_round_trip(4) &&
+              codes_round_trip(8));
 }  // namespace detail
 
 }  // namespace innerkv

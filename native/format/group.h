@@ -1,4 +1,5 @@
-// Rounding one group of numbers to codes, a scale and perhaps a zero point. docs/format.md section 4, line by line.
+// Rounding one group of numbers to codes, a scale and perhaps a zero point. docs/format.md section 4, line by
+// line.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +51,8 @@ INNERKV_HD float max_magnitude(const float* x, int count) {
   return largest;
 }
 
-/// Least-squares rounding shrinks; the unbiased scale undoes it. `num` = <x, Mx>, `den` = <x, M x̂> in some metric M.
+/// Least-squares rounding shrinks; the unbiased scale undoes it. `num` = <x, Mx>, `den` = <x, M x̂> in some
+/// metric M.
 INNERKV_HD std::uint16_t unbiased_scale(float scale, float num, float den) {
   float gain = num / den;
   if (!(den > 0.0f) || !(gain <= 3.4e38f)) gain = 1.0f;
@@ -60,16 +62,19 @@ INNERKV_HD std::uint16_t unbiased_scale(float scale, float num, float den) {
 }
 
 /// Codes of x for levels scale * (code - offset') in [low, high]; `bias` already holds the 0.5 of rounding.
-INNERKV_HD void assign_codes(const float* x, int count, float inverse, float shift, float bias, float low, float high,
-                             std::uint8_t* codes) {
+INNERKV_HD void assign_codes(const float* x, int count, float inverse, float shift, float bias, float low,
+                             float high, std::uint8_t* codes) {
   for (int i = 0; i < count; ++i)
-    codes[i] = static_cast<std::uint8_t>(static_cast<int>(clamp_code((x[i] - shift) * inverse + bias, low, high)));
+    codes[i] =
+        static_cast<std::uint8_t>(static_cast<int>(clamp_code((x[i] - shift) * inverse + bias, low, high)));
 }
 
 namespace detail {
 
-INNERKV_HD GroupScale quantise_mid_rise(const float* x, int count, const GroupRule& rule, std::uint8_t* codes) {
-  const float top = static_cast<float>((1 << rule.bits) - 1), half_levels = static_cast<float>(1 << (rule.bits - 1));
+INNERKV_HD GroupScale quantise_mid_rise(const float* x, int count, const GroupRule& rule,
+                                        std::uint8_t* codes) {
+  const float top = static_cast<float>((1 << rule.bits) - 1),
+              half_levels = static_cast<float>(1 << (rule.bits - 1));
   const float center = 0.5f * top;
   const float full = 2.0f * max_magnitude(x, count) / top;
   const int candidates = rule.ratio_count > 0 ? rule.ratio_count : 1;
@@ -91,7 +96,8 @@ INNERKV_HD GroupScale quantise_mid_rise(const float* x, int count, const GroupRu
   assign_codes(x, count, reciprocal(scale), 0.0f, half_levels, 0.0f, top, codes);
   if (rule.unbiased) {
     const float num = ordered_sum(count, [&](int i) { return x[i] * x[i]; });
-    const float den = ordered_sum(count, [&](int i) { return x[i] * (scale * (static_cast<float>(codes[i]) - center)); });
+    const float den =
+        ordered_sum(count, [&](int i) { return x[i] * (scale * (static_cast<float>(codes[i]) - center)); });
     best_bits = unbiased_scale(scale, num, den);
   }
   return {best_bits, 0, false};
@@ -100,7 +106,8 @@ INNERKV_HD GroupScale quantise_mid_rise(const float* x, int count, const GroupRu
 INNERKV_HD GroupScale quantise_zero_level(const float* x, int count, int bits, std::uint8_t* codes) {
   const float middle = static_cast<float>(1 << (bits - 1));
   const std::uint16_t scale = half_bits(max_magnitude(x, count) / (middle - 1.0f));
-  assign_codes(x, count, reciprocal(half_value(scale)), 0.0f, middle + 0.5f, 1.0f, 2.0f * middle - 1.0f, codes);
+  assign_codes(x, count, reciprocal(half_value(scale)), 0.0f, middle + 0.5f, 1.0f, 2.0f * middle - 1.0f,
+               codes);
   return {scale, 0, false};
 }
 
@@ -110,7 +117,8 @@ INNERKV_HD GroupScale quantise_signed_max(const float* x, int count, int bits, s
     if ((x[i] < 0 ? -x[i] : x[i]) > (extreme < 0 ? -extreme : extreme)) extreme = x[i];
   const float middle = static_cast<float>(1 << (bits - 1));
   const std::uint16_t scale = half_bits(extreme / -middle);
-  assign_codes(x, count, reciprocal(half_value(scale)), 0.0f, middle + 0.5f, 0.0f, 2.0f * middle - 1.0f, codes);
+  assign_codes(x, count, reciprocal(half_value(scale)), 0.0f, middle + 0.5f, 0.0f, 2.0f * middle - 1.0f,
+               codes);
   return {scale, 0, false};
 }
 
@@ -126,15 +134,21 @@ INNERKV_HD GroupScale quantise_asymmetric(const float* x, int count, int levels,
   return {scale, zero, true};
 }
 
-INNERKV_HD GroupScale quantise_hybrid(const float* x, int count, int bits, bool released, std::uint8_t* codes) {
+INNERKV_HD GroupScale quantise_hybrid(const float* x, int count, int bits, bool released,
+                                      std::uint8_t* codes) {
   std::uint8_t other[kMaxHeadDim];
   const float middle = static_cast<float>(1 << (bits - 1));
   const GroupScale symmetric = quantise_zero_level(x, count, bits, codes);
   const GroupScale asymmetric = quantise_asymmetric(x, count, (1 << bits) / (released ? 2 : 1), other);
-  const float s = half_value(symmetric.scale), a = half_value(asymmetric.scale), z = half_value(asymmetric.zero);
-  const auto size = [&](float difference) { return released ? (difference < 0 ? -difference : difference) : difference * difference; };
-  const float s_error = ordered_sum(count, [&](int i) { return size(x[i] - s * (static_cast<float>(codes[i]) - middle)); });
-  const float a_error = ordered_sum(count, [&](int i) { return size(x[i] - (a * static_cast<float>(other[i]) + z)); });
+  const float s = half_value(symmetric.scale), a = half_value(asymmetric.scale),
+              z = half_value(asymmetric.zero);
+  const auto size = [&](float difference) {
+    return released ? (difference < 0 ? -difference : difference) : difference * difference;
+  };
+  const float s_error =
+      ordered_sum(count, [&](int i) { return size(x[i] - s * (static_cast<float>(codes[i]) - middle)); });
+  const float a_error =
+      ordered_sum(count, [&](int i) { return size(x[i] - (a * static_cast<float>(other[i]) + z)); });
   if (released ? s_error < a_error : !(a_error < s_error)) return symmetric;
   for (int i = 0; i < count; ++i) codes[i] = other[i];
   return {static_cast<std::uint16_t>(asymmetric.scale | 0x8000u), asymmetric.zero, true};
@@ -145,12 +159,18 @@ INNERKV_HD GroupScale quantise_hybrid(const float* x, int count, int bits, bool 
 /// codes [count]; count <= kMaxHeadDim.
 INNERKV_HD GroupScale quantise_group(const float* x, int count, const GroupRule& rule, std::uint8_t* codes) {
   switch (rule.mode) {
-    case Mode::kMidRise: return detail::quantise_mid_rise(x, count, rule, codes);
-    case Mode::kZeroLevel: return detail::quantise_zero_level(x, count, rule.bits, codes);
-    case Mode::kSignedMax: return detail::quantise_signed_max(x, count, rule.bits, codes);
-    case Mode::kAsymmetric: return detail::quantise_asymmetric(x, count, 1 << rule.bits, codes);
-    case Mode::kHybrid: return detail::quantise_hybrid(x, count, rule.bits, false, codes);
-    case Mode::kHybridReleased: break;
+    case Mode::kMidRise:
+      return detail::quantise_mid_rise(x, count, rule, codes);
+    case Mode::kZeroLevel:
+      return detail::quantise_zero_level(x, count, rule.bits, codes);
+    case Mode::kSignedMax:
+      return detail::quantise_signed_max(x, count, rule.bits, codes);
+    case Mode::kAsymmetric:
+      return detail::quantise_asymmetric(x, count, 1 << rule.bits, codes);
+    case Mode::kHybrid:
+      return detail::quantise_hybrid(x, count, rule.bits, false, codes);
+    case Mode::kHybridReleased:
+      break;
   }
   return detail::quantise_hybrid(x, count, rule.bits, true, codes);
 }
@@ -164,7 +184,8 @@ INNERKV_HD Dequantiser dequantiser(int bits, Mode mode, std::uint16_t scale_bits
   const bool hybrid = mode == Mode::kHybrid || mode == Mode::kHybridReleased;
   const float scale = half_value(hybrid ? static_cast<std::uint16_t>(scale_bits & 0x7fffu) : scale_bits);
   if (mode == Mode::kAsymmetric || (hybrid && (scale_bits & 0x8000u))) return {scale, half_value(zero_bits)};
-  const float center = mode == Mode::kMidRise ? 0.5f * static_cast<float>((1 << bits) - 1) : static_cast<float>(1 << (bits - 1));
+  const float center = mode == Mode::kMidRise ? 0.5f * static_cast<float>((1 << bits) - 1)
+                                              : static_cast<float>(1 << (bits - 1));
   return {scale, -(scale * center)};
 }
 

@@ -1,6 +1,7 @@
 // Outlier rows of a page in compressed sparse rows. docs/format.md section 8.
 //
-// Bytes: row starts (rows + 1, 8 or 16 bits each), indices (8 bits), values (binary16). Rows are appended in order.
+// Bytes: row starts (rows + 1, 8 or 16 bits each), indices (8 bits), values (binary16). Rows are appended in
+// order.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,9 @@ struct OutlierLayout {
 
   constexpr int start_bytes() const { return capacity <= 255 ? 1 : 2; }
   constexpr std::size_t indices_at() const { return static_cast<std::size_t>(start_bytes()) * (rows + 1); }
-  constexpr std::size_t values_at() const { return (indices_at() + capacity + 1) / 2 * 2; }  // values are 2-byte aligned
+  constexpr std::size_t values_at() const {
+    return (indices_at() + capacity + 1) / 2 * 2;
+  }  // values are 2-byte aligned
   constexpr std::size_t bytes() const { return align_section(values_at() + std::size_t{2} * capacity); }
 };
 
@@ -46,14 +49,16 @@ inline Outlier outlier_at(const std::uint8_t* section, const OutlierLayout& layo
   return {section[layout.indices_at() + entry], value};
 }
 
-/// Writes row `row` after rows 0 ... row - 1. Returns false, changing nothing, when the entries do not fit or the
-/// indices do not ascend within [0, row_length).
-inline bool append_outlier_row(std::uint8_t* section, const OutlierLayout& layout, int row, const Outlier* entries, int count,
-                               int row_length) {
+/// Writes row `row` after rows 0 ... row - 1. Returns false, changing nothing, when the entries do not fit or
+/// the indices do not ascend within [0, row_length).
+inline bool append_outlier_row(std::uint8_t* section, const OutlierLayout& layout, int row,
+                               const Outlier* entries, int count, int row_length) {
   const int first = row == 0 ? 0 : outlier_start(section, layout, row);
   if (row < 0 || row >= layout.rows || count < 0 || first + count > layout.capacity) return false;
   for (int i = 0; i < count; ++i)
-    if (entries[i].index < 0 || entries[i].index >= row_length || (i > 0 && entries[i].index <= entries[i - 1].index)) return false;
+    if (entries[i].index < 0 || entries[i].index >= row_length ||
+        (i > 0 && entries[i].index <= entries[i - 1].index))
+      return false;
   if (row == 0) set_outlier_start(section, layout, 0, 0);
   for (int i = 0; i < count; ++i) {
     section[layout.indices_at() + first + i] = static_cast<std::uint8_t>(entries[i].index);
@@ -64,7 +69,8 @@ inline bool append_outlier_row(std::uint8_t* section, const OutlierLayout& layou
 }
 
 /// Whether `rows_used` rows read from an untrusted section obey the layout.
-inline bool outliers_valid(const std::uint8_t* section, const OutlierLayout& layout, int rows_used, int row_length) {
+inline bool outliers_valid(const std::uint8_t* section, const OutlierLayout& layout, int rows_used,
+                           int row_length) {
   if (rows_used < 0 || rows_used > layout.rows) return false;
   if (rows_used > 0 && outlier_start(section, layout, 0) != 0) return false;
   for (int row = 0; row < rows_used; ++row) {
@@ -72,7 +78,9 @@ inline bool outliers_valid(const std::uint8_t* section, const OutlierLayout& lay
     if (begin > end || end > layout.capacity) return false;
     for (int entry = begin; entry < end; ++entry) {
       const Outlier outlier = outlier_at(section, layout, entry);
-      if (outlier.index >= row_length || (entry > begin && outlier.index <= outlier_at(section, layout, entry - 1).index)) return false;
+      if (outlier.index >= row_length ||
+          (entry > begin && outlier.index <= outlier_at(section, layout, entry - 1).index))
+        return false;
     }
   }
   return true;

@@ -11,9 +11,12 @@ namespace innerkv {
 
 inline constexpr std::uint32_t kFormatVersion = 1;
 inline constexpr std::size_t kSectionAlign = 64;
-inline constexpr int kZeroExtent = 128;  // compact zero points are allotted in extents of this many binary16 values
+inline constexpr int kZeroExtent =
+    128;  // compact zero points are allotted in extents of this many binary16 values
 
-constexpr std::size_t align_section(std::size_t bytes) { return (bytes + kSectionAlign - 1) / kSectionAlign * kSectionAlign; }
+constexpr std::size_t align_section(std::size_t bytes) {
+  return (bytes + kSectionAlign - 1) / kSectionAlign * kSectionAlign;
+}
 
 /// One tensor (K or V) of a page.
 struct TensorLayout {
@@ -22,7 +25,8 @@ struct TensorLayout {
   int head_dim = 0;
 
   constexpr CodeShape codes() const {
-    return value ? CodeShape{spec.bits, head_dim, kPageTokens / 4} : CodeShape{spec.bits, kPageTokens, head_dim / 4};
+    return value ? CodeShape{spec.bits, head_dim, kPageTokens / 4}
+                 : CodeShape{spec.bits, kPageTokens, head_dim / 4};
   }
   constexpr std::size_t code_bytes() const {
     return spec.raw() ? std::size_t{2} * kPageTokens * head_dim : codes().bytes();
@@ -40,10 +44,13 @@ struct TensorLayout {
   }
   /// Scales of a whole page.
   constexpr int scales() const {
-    return spec.raw() ? 0 : (spec.group == Group::kTokens32 ? kPageTokens / kBlockTokens32 : kPageTokens) * groups();
+    return spec.raw()
+               ? 0
+               : (spec.group == Group::kTokens32 ? kPageTokens / kBlockTokens32 : kPageTokens) * groups();
   }
   constexpr int scale_index(int slot, int group) const {
-    return spec.group == Group::kTokens32 ? slot / kBlockTokens32 * head_dim + group : group * kPageTokens + slot;
+    return spec.group == Group::kTokens32 ? slot / kBlockTokens32 * head_dim + group
+                                          : group * kPageTokens + slot;
   }
   constexpr std::size_t scales_at() const { return align_section(code_bytes()); }
   constexpr std::size_t zeros_at() const { return scales_at() + align_section(std::size_t{2} * scales()); }
@@ -62,14 +69,16 @@ struct PageLayout {
   constexpr std::size_t bytes() const { return k.bytes() + v.bytes(); }
 };
 
-/// Payload bits per stored number (codes, scales, dense zero points), without windows, padding or compact zero points.
+/// Payload bits per stored number (codes, scales, dense zero points), without windows, padding or compact
+/// zero points.
 constexpr double bits_per_value(const TensorLayout& tensor) {
   const double numbers = static_cast<double>(kPageTokens) * tensor.head_dim;
   const double meta = tensor.spec.raw() ? 0.0 : 16.0 * tensor.scales() * (tensor.spec.dense_zeros() ? 2 : 1);
   return (8.0 * tensor.code_bytes() + meta) / numbers;
 }
 
-static_assert(PageLayout(TensorSpec{2, Group::kToken, Mode::kMidRise}, TensorSpec{2, Group::kToken, Mode::kMidRise}, 128).bytes() ==
-              2 * (128 * 128 / 4 + 256));
+static_assert(PageLayout(TensorSpec{2, Group::kToken, Mode::kMidRise},
+                         TensorSpec{2, Group::kToken, Mode::kMidRise}, 128)
+                  .bytes() == 2 * (128 * 128 / 4 + 256));
 
 }  // namespace innerkv

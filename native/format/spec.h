@@ -1,5 +1,6 @@
-// What a stored tensor can be: the one table of formats. Kernels, the CPU backend, supportedSpecs() in TypeScript, the
-// tests' case lists and the error texts are all made from it. Meaning of every bit: docs/format.md.
+// What a stored tensor can be: the one table of formats. Kernels, the CPU backend, supportedSpecs() in
+// TypeScript, the tests' case lists and the error texts are all made from it. Meaning of every bit:
+// docs/format.md.
 #pragma once
 
 #include <array>
@@ -7,8 +8,8 @@
 
 namespace innerkv {
 
-inline constexpr int kPageTokens = 128;   // slots of a page
-inline constexpr int kBlockTokens32 = 32; // tokens of a value sub-block with grouping tokens32
+inline constexpr int kPageTokens = 128;    // slots of a page
+inline constexpr int kBlockTokens32 = 32;  // tokens of a value sub-block with grouping tokens32
 inline constexpr int kMaxHeadDim = 256;
 inline constexpr std::array<int, 5> kHeadDims = {64, 80, 96, 128, 256};
 
@@ -51,7 +52,8 @@ constexpr int group_channels(Group group, int head_dim) {
 constexpr bool is_supported(const TensorSpec& spec, bool value) {
   if (spec.raw()) return spec == TensorSpec{};
   if (spec.bits != 1 && spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) return false;
-  if (spec.bits == 1 && (!value || (spec.mode != Mode::kMidRise && spec.mode != Mode::kAsymmetric))) return false;
+  if (spec.bits == 1 && (!value || (spec.mode != Mode::kMidRise && spec.mode != Mode::kAsymmetric)))
+    return false;
   if (spec.group == Group::kTokens32 && !value) return false;
   return true;
 }

@@ -1,4 +1,5 @@
-// Orthonormal Hadamard transform of a head, block-diagonal when its size is no power of two. docs/format.md section 5.4.
+// Orthonormal Hadamard transform of a head, block-diagonal when its size is no power of two. docs/format.md
+// section 5.4.
 #pragma once
 
 #include "../platform.h"

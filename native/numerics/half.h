@@ -1,7 +1,8 @@
-// binary16 <-> float32, our own so that no CUDA or F16C header is needed and every backend agrees on each bit.
+// binary16 <-> float32, our own so that no CUDA or F16C header is needed and every backend agrees on each
+// bit.
 //
-// Conversions round to nearest, ties to even. half_bits() saturates at 65504 instead of giving infinity, because a
-// stored scale must stay finite; half_bits_ieee() keeps infinities and NaN, for input checks.
+// Conversions round to nearest, ties to even. half_bits() saturates at 65504 instead of giving infinity,
+// because a stored scale must stay finite; half_bits_ieee() keeps infinities and NaN, for input checks.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +17,9 @@ constexpr INNERKV_HD std::uint16_t half_bits_ieee(float value) {
   const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, value);
   const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);  // NaN
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);   // NaN
   if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds to infinity
-  if (magnitude < 0x33000001u) return sign;                                         // below half the smallest subnormal
+  if (magnitude < 0x33000001u) return sign;  // below half the smallest subnormal
   const int exponent = static_cast<int>(magnitude >> 23) - 127;
   const std::uint32_t fraction = (magnitude & 0x7fffffu) | 0x800000u;
   const int shift = exponent < -14 ? 13 + (-14 - exponent) : 13;

@@ -1,7 +1,7 @@
 // sum32 of docs/format.md section 4: the one order in which reductions that decide stored bits are added.
 //
-// 32 accumulators, element i into accumulator i mod 32, then a binary tree: what one warp does with 32 lanes and five
-// exchanges, and what a CPU does with vectors of any width that divides 32.
+// 32 accumulators, element i into accumulator i mod 32, then a binary tree: what one warp does with 32 lanes
+// and five exchanges, and what a CPU does with vectors of any width that divides 32.
 #pragma once
 
 #include "../platform.h"
@@ -17,7 +17,8 @@ INNERKV_HD float sum_tree(float* lanes) {
   return lanes[0];
 }
 
-/// sum32 of term(0) ... term(count - 1). Sixteen terms a step so that a compiler can use vectors of up to that width.
+/// sum32 of term(0) ... term(count - 1). Sixteen terms a step so that a compiler can use vectors of up to
+/// that width.
 template <class Term>
 INNERKV_HD float ordered_sum(int count, Term term) {
   float lanes[kSumLanes] = {};

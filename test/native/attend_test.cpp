@@ -1,6 +1,6 @@
-// Attention of every instruction set against float64 attention over what the cache says it holds (read_back), for every
-// kind of scale grouping and mode, head size, GQA ratio and length around the boundaries. Bits of pages across
-// instruction sets are compared exactly.
+// Attention of every instruction set against float64 attention over what the cache says it holds (read_back),
+// for every kind of scale grouping and mode, head size, GQA ratio and length around the boundaries. Bits of
+// pages across instruction sets are compared exactly.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -38,7 +38,8 @@ CacheConfig config_of(const Case& c, check::Random& random) {
     scheme.hadamard_k = scheme.hadamard_v = true;
     scheme.unbiased_k = scheme.unbiased_v = true;
     scheme.clip_k = scheme.clip_v = {1.0f, 0.9f, 0.7f};
-    for (int i = 0; i < c.head_dim / 2; ++i) config.rope.theta.push_back(std::pow(10000.0, -2.0 * i / c.head_dim));
+    for (int i = 0; i < c.head_dim / 2; ++i)
+      config.rope.theta.push_back(std::pow(10000.0, -2.0 * i / c.head_dim));
     for (int head = 0; head < config.kv_heads; ++head) {
       Basis basis;
       for (int i = 0; i < c.head_dim; ++i) {
@@ -62,9 +63,11 @@ CacheConfig config_of(const Case& c, check::Random& random) {
 }
 
 std::string name(const Case& c, int tokens, const char* isa) {
-  return std::string(isa) + " K" + std::to_string(c.k.bits) + kGroupNames[static_cast<std::size_t>(c.k.group)] + kModeNames[static_cast<std::size_t>(c.k.mode)] + " V" +
-         std::to_string(c.v.bits) + kGroupNames[static_cast<std::size_t>(c.v.group)] + kModeNames[static_cast<std::size_t>(c.v.mode)] + " D" + std::to_string(c.head_dim) +
-         " GQA" + std::to_string(c.group) + " n" + std::to_string(tokens);
+  return std::string(isa) + " K" + std::to_string(c.k.bits) +
+         kGroupNames[static_cast<std::size_t>(c.k.group)] + kModeNames[static_cast<std::size_t>(c.k.mode)] +
+         " V" + std::to_string(c.v.bits) + kGroupNames[static_cast<std::size_t>(c.v.group)] +
+         kModeNames[static_cast<std::size_t>(c.v.mode)] + " D" + std::to_string(c.head_dim) + " GQA" +
+         std::to_string(c.group) + " n" + std::to_string(tokens);
 }
 
 void run(const Case& c, int tokens) {
@@ -87,17 +90,20 @@ void run(const Case& c, int tokens) {
     auto sequence = cache->sequence();
     for (int t = 0; t < tokens;) {  // ragged appends
       const int count = std::min(tokens - t, 1 + random.below(40));
-      sequence->append(0, k.data() + row * static_cast<std::size_t>(t), v.data() + row * static_cast<std::size_t>(t), count);
+      sequence->append(0, k.data() + row * static_cast<std::size_t>(t),
+                       v.data() + row * static_cast<std::size_t>(t), count);
       t += count;
     }
     std::vector<std::uint8_t> pages;
     for (int head = 0; head < 2; ++head)
       for (const auto& page : sequence->layer_state(0).pages[static_cast<std::size_t>(head)])
-        pages.insert(pages.end(), page->bytes.data(), page->bytes.data() + PageLayout(c.k, c.v, c.head_dim).bytes());
+        pages.insert(pages.end(), page->bytes.data(),
+                     page->bytes.data() + PageLayout(c.k, c.v, c.head_dim).bytes());
     if (table == available_kernels()) first_pages = pages;
     CHECK_WITH(pages == first_pages, name(c, tokens, isa) + ": pages differ between instruction sets");
 
-    std::vector<float> out(q.size(), NAN), lse(static_cast<std::size_t>(q_tokens) * heads, NAN), logits(lse.size() * static_cast<std::size_t>(tokens), NAN);
+    std::vector<float> out(q.size(), NAN), lse(static_cast<std::size_t>(q_tokens) * heads, NAN),
+        logits(lse.size() * static_cast<std::size_t>(tokens), NAN);
     const BatchItem item{sequence.get(), q.data(), out.data(), lse.data(), logits.data(), q_tokens};
     CHECK(attend_batch(*cache, 0, std::span(&item, 1), true, nullptr));
     for (int head = 0; head < 2; ++head) {
@@ -105,13 +111,16 @@ void run(const Case& c, int tokens) {
       sequence->read_back(0, head, rk.data(), rv.data());
       for (int i = 0; i < q_tokens; ++i)
         for (int g = 0; g < c.group; ++g) {
-          const std::size_t at = static_cast<std::size_t>(i) * heads + static_cast<std::size_t>(head * c.group + g);
+          const std::size_t at =
+              static_cast<std::size_t>(i) * heads + static_cast<std::size_t>(head * c.group + g);
           const int visible = tokens - q_tokens + i + 1;
           std::vector<double> s(static_cast<std::size_t>(visible)), o(D);
           double largest = -1e300, sum = 0, spread = 0;
           for (int t = 0; t < visible; ++t) {
             double dot = 0;
-            for (std::size_t d = 0; d < D; ++d) dot += static_cast<double>(q[at * D + d]) * static_cast<double>(rk[static_cast<std::size_t>(t) * D + d]);
+            for (std::size_t d = 0; d < D; ++d)
+              dot += static_cast<double>(q[at * D + d]) *
+                     static_cast<double>(rk[static_cast<std::size_t>(t) * D + d]);
             s[static_cast<std::size_t>(t)] = dot * static_cast<double>(config.softmax_scale);
             largest = std::max(largest, s[static_cast<std::size_t>(t)]);
           }
@@ -123,12 +132,16 @@ void run(const Case& c, int tokens) {
               spread = std::max(spread, std::abs(value));
             }
           double worst = 0;
-          for (std::size_t d = 0; d < D; ++d) worst = std::max(worst, std::abs(o[d] - static_cast<double>(out[at * D + d])));
-          // 128 probabilities of a page are rounded to 1/32639 of the largest; queries to 1/32639 of their largest element.
-          CHECK_WITH(worst <= spread * 128.0 / (2 * 32639.0) + 1e-3 * spread, name(c, tokens, isa) + ": error " + std::to_string(worst));
+          for (std::size_t d = 0; d < D; ++d)
+            worst = std::max(worst, std::abs(o[d] - static_cast<double>(out[at * D + d])));
+          // 128 probabilities of a page are rounded to 1/32639 of the largest; queries to 1/32639 of their
+          // largest element.
+          CHECK_WITH(worst <= spread * 128.0 / (2 * 32639.0) + 1e-3 * spread,
+                     name(c, tokens, isa) + ": error " + std::to_string(worst));
           CHECK(std::abs(static_cast<double>(lse[at]) - (largest + std::log(sum))) < 2e-3);
           for (int t = 0; t < tokens; ++t) {
-            const double logit = static_cast<double>(logits[at * static_cast<std::size_t>(tokens) + static_cast<std::size_t>(t)]);
+            const double logit = static_cast<double>(
+                logits[at * static_cast<std::size_t>(tokens) + static_cast<std::size_t>(t)]);
             CHECK(t < visible ? std::abs(logit - s[static_cast<std::size_t>(t)]) < 2e-3 : std::isinf(logit));
           }
         }
@@ -144,16 +157,30 @@ int main() {
   const TensorSpec raw{};
   std::vector<Case> cases;
   for (const int bits : {2, 3, 4, 8})
-    for (const int D : {64, 80, 96, 128, 256}) cases.push_back({{bits, Group::kToken, Mode::kMidRise}, {bits, Group::kToken, Mode::kMidRise}, D, D == 64 ? 3 : 4, true});
+    for (const int D : {64, 80, 96, 128, 256})
+      cases.push_back({{bits, Group::kToken, Mode::kMidRise},
+                       {bits, Group::kToken, Mode::kMidRise},
+                       D,
+                       D == 64 ? 3 : 4,
+                       true});
   cases.push_back({{2, Group::kToken, Mode::kMidRise}, {1, Group::kToken, Mode::kMidRise}, 128, 8, true});
   cases.push_back({raw, raw, 64, 7, false});
   cases.push_back({raw, {2, Group::kTokens32, Mode::kHybrid}, 128, 1, false});
   cases.push_back({{4, Group::kToken, Mode::kAsymmetric}, raw, 80, 1, false});
-  for (const Mode mode : {Mode::kMidRise, Mode::kZeroLevel, Mode::kSignedMax, Mode::kAsymmetric, Mode::kHybrid, Mode::kHybridReleased})
+  for (const Mode mode : {Mode::kMidRise, Mode::kZeroLevel, Mode::kSignedMax, Mode::kAsymmetric,
+                          Mode::kHybrid, Mode::kHybridReleased})
     for (const Group group : {Group::kChannels32, Group::kChannels64, Group::kToken, Group::kTokens32}) {
       const int bits = 2 + static_cast<int>(mode) % 3;
-      cases.push_back({{bits, group == Group::kTokens32 ? Group::kChannels32 : group, mode}, {bits, group, mode}, group == Group::kChannels32 ? 80 : 96, 2, false});
-      cases.push_back({{bits, group == Group::kTokens32 ? Group::kChannels64 : group, mode}, {bits, group, mode}, 128, 1, false});
+      cases.push_back({{bits, group == Group::kTokens32 ? Group::kChannels32 : group, mode},
+                       {bits, group, mode},
+                       group == Group::kChannels32 ? 80 : 96,
+                       2,
+                       false});
+      cases.push_back({{bits, group == Group::kTokens32 ? Group::kChannels64 : group, mode},
+                       {bits, group, mode},
+                       128,
+                       1,
+                       false});
     }
   for (const Case& c : cases)
     for (const int tokens : {1, 3, 8, 9, 40, 41, 136, 137, 300}) run(c, tokens);

@@ -1,16 +1,24 @@
 // The smallest test harness that can fail: CHECK counts, report() prints the total and gives the exit code.
+//
+//   TEST("a sentence that is true") { CHECK(...); }    in a program whose main() returns check::run("name", argc, argv)
+// An argument runs only the tests whose sentence contains it.
 #pragma once
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
+#include <exception>
 #include <string>
+#include <vector>
 
 namespace check {
 
 inline int passed = 0, failed = 0;
 
-inline void that(bool condition, const char* what, const char* file, int line, const std::string& detail = "") {
+inline void that(bool condition, const char* what, const char* file, int line,
+                 const std::string& detail = "") {
   if (condition) {
     ++passed;
     return;
@@ -21,6 +29,38 @@ inline void that(bool condition, const char* what, const char* file, int line, c
 inline int report(const char* name) {
   std::printf("%s: %d passed, %d failed\n", name, passed, failed);
   return failed > 0 || passed == 0 ? 1 : 0;
+}
+
+struct Test {
+  const char* sentence;
+  void (*body)();
+};
+inline std::vector<Test>& tests() {
+  static std::vector<Test> all;
+  return all;
+}
+inline bool add(const char* sentence, void (*body)()) {
+  tests().push_back({sentence, body});
+  return true;
+}
+
+inline int run(const char* name, int argc, char** argv) {
+  for (const Test& test : tests()) {
+    if (argc > 1 && !std::strstr(test.sentence, argv[1])) continue;
+    const int passed_before = passed, failed_before = failed;
+    const auto begin = std::chrono::steady_clock::now();
+    try {
+      test.body();
+      that(passed + failed > passed_before + failed_before, "the test checks something", __FILE__, __LINE__);
+    } catch (const std::exception& error) {
+      that(false, "no exception escapes", __FILE__, __LINE__, error.what());
+    }
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    std::printf("%s %s (%d checks, %.2f s)\n", failed == failed_before ? "  ok " : "FAILED", test.sentence,
+                passed - passed_before, seconds);
+    std::fflush(stdout);
+  }
+  return report(name);
 }
 
 /// Seeded, portable random numbers (splitmix64).
@@ -35,7 +75,10 @@ class Random {
   }
   int below(int n) { return static_cast<int>(bits() % static_cast<std::uint64_t>(n)); }
   double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
-  float normal() { return static_cast<float>(std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform())); }
+  float normal() {
+    return static_cast<float>(std::sqrt(-2 * std::log(1 - uniform())) *
+                              std::cos(6.283185307179586 * uniform()));
+  }
 
  private:
   std::uint64_t state_;
@@ -45,3 +88,10 @@ class Random {
 
 #define CHECK(condition) check::that((condition), #condition, __FILE__, __LINE__)
 #define CHECK_WITH(condition, detail) check::that((condition), #condition, __FILE__, __LINE__, (detail))
+
+#define CHECK_JOIN_(a, b) a##b
+#define CHECK_JOIN(a, b) CHECK_JOIN_(a, b)
+#define TEST(sentence)                                                                             \
+  static void CHECK_JOIN(test_, __LINE__)();                                                       \
+  static const bool CHECK_JOIN(added_, __LINE__) = check::add(sentence, CHECK_JOIN(test_, __LINE__)); \
+  static void CHECK_JOIN(test_, __LINE__)()

@@ -69,7 +69,10 @@ describe('linear algebra and the basis', () => {
     const rope = ropeOf(16, 'half');
     const queries = plantedTokens(random, 25, 16);
     const options = { rope, blockTokens: 8, contextTokens: 8 };
-    const { lam, order, W, d, F, U } = deriveBasis(sampleMoments(plantedTokens(random, 40, 16), queries), options);
+    const { lam, order, W, d, F, U } = deriveBasis(
+      sampleMoments(plantedTokens(random, 40, 16), queries),
+      options,
+    );
     const met = queries.flatMap((q) =>
       Array.from({ length: 8 }, (_, u) =>
         hadamard64(applyRope(q, u, rope).map((value, c) => value * lam[c]!)),
@@ -80,9 +83,7 @@ describe('linear algebra and the basis', () => {
     expect(
       largestDifference(
         W,
-        M.map(
-          (_, i) => M[order[Math.floor(i / 16)]! * 16 + order[i % 16]!]! + ridge * identity(16)[i]!,
-        ),
+        M.map((_, i) => M[order[Math.floor(i / 16)]! * 16 + order[i % 16]!]! + ridge * identity(16)[i]!),
       ),
     ).toBeLessThan(1e-9);
     for (let c = 0; c < 16; c++) {
@@ -142,7 +143,11 @@ describe('rounding with error feedback', () => {
       const x = random.gaussians(dim);
       plain += metric(x, quantiseGroup(x, spec, { clipRatios: RATIOS }));
       fed += metric(x, quantiseKeyFeedback(x, 2, { ...matrices, clipRatios: RATIOS }));
-      const { codes, scaleBits } = quantiseKeyFeedback(x, 2, { ...matrices, clipRatios: RATIOS, unbiased: true });
+      const { codes, scaleBits } = quantiseKeyFeedback(x, 2, {
+        ...matrices,
+        clipRatios: RATIOS,
+        unbiased: true,
+      });
       const decoded = decodeGroup(codes, scaleBits, undefined, spec);
       const cross =
         quadraticForm(

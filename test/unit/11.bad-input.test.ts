@@ -1,0 +1,151 @@
+/** Whatever is wrong: a KvError with its code, and the cache as it was. */
+import { createBackendSync, KvCache, KvError, schemes, type Backend, type Sequence } from '../../lib';
+import { Random } from '../support/random';
+
+const shape = { layers: 1, queryHeads: 4, kvHeads: 2, headDim: 64 };
+const row = 128;
+let backend: Backend;
+let cache: KvCache;
+let seq: Sequence;
+
+beforeAll(() => {
+  backend = createBackendSync({ threads: 1 });
+  cache = KvCache.createSync(backend, {
+    ...shape,
+    scheme: schemes.rotated({ keyBits: 2, valueBits: 2 }),
+    memory: '2MiB',
+  });
+  seq = cache.sequence();
+  const random = new Random(5);
+  seq.appendSync(0, random.gaussians(200 * row), random.gaussians(200 * row));
+});
+afterAll(() => backend.dispose());
+
+const numbers = (n: number, value = 1) => new Float32Array(n).fill(value);
+const snapshot = () => ({
+  ...seq.layerState(0),
+  heads: [0, 1].map((head) => seq.readBackSync(0, head)),
+  used: cache.stats().usedBytes,
+});
+
+const INVALID = 'ERR_INNERKV_INVALID_ARGUMENT';
+const cases: [string, string, () => unknown][] = [
+  ['a length that is no whole token', INVALID, () => seq.appendSync(0, numbers(row + 1), numbers(row + 1))],
+  ['k and v of different lengths', INVALID, () => seq.appendSync(0, numbers(row), numbers(2 * row))],
+  ['k and v of different dtypes', INVALID, () => seq.appendSync(0, numbers(row), new Uint16Array(row))],
+  ['an array of another type', INVALID, () => seq.appendSync(0, new Float64Array(row), numbers(row))],
+  [
+    'a dtype that does not exist',
+    INVALID,
+    () => seq.appendSync(0, numbers(row), numbers(row), { dtype: 'f64' as never }),
+  ],
+  [
+    'shared memory',
+    INVALID,
+    () => seq.appendSync(0, new Float32Array(new SharedArrayBuffer(4 * row)), numbers(row)),
+  ],
+  ['a layer too many', INVALID, () => seq.appendSync(1, numbers(row), numbers(row))],
+  ['a negative layer', INVALID, () => seq.appendSync(-1, numbers(row), numbers(row))],
+  ['a NaN key', 'ERR_INNERKV_NOT_FINITE', () => seq.appendSync(0, numbers(row, NaN), numbers(row))],
+  [
+    'an infinite value',
+    'ERR_INNERKV_NOT_FINITE',
+    () => seq.appendSync(0, numbers(row), numbers(row, Infinity)),
+  ],
+  [
+    'a key beyond binary16',
+    'ERR_INNERKV_NOT_FINITE',
+    () => seq.appendSync(0, numbers(row, 65520), numbers(row)),
+  ],
+  [
+    'a NaN in binary16 bits',
+    'ERR_INNERKV_NOT_FINITE',
+    () => seq.appendSync(0, new Uint16Array(row).fill(0x7e00), new Uint16Array(row)),
+  ],
+  ['a NaN query', 'ERR_INNERKV_NOT_FINITE', () => seq.attendSync(0, numbers(256, NaN))],
+  ['a query of the wrong length', INVALID, () => seq.attendSync(0, numbers(255))],
+  ['no query at all', INVALID, () => seq.attendSync(0, numbers(0))],
+  ['more queries than tokens', INVALID, () => seq.attendSync(0, numbers(256 * 201))],
+  ['an output of the wrong length', INVALID, () => seq.attendSync(0, numbers(256), { out: numbers(255) })],
+  [
+    'an output of the wrong type',
+    INVALID,
+    () => seq.attendSync(0, numbers(256), { out: new Float64Array(256) as never }),
+  ],
+  ['logits of the wrong length', INVALID, () => seq.attendSync(0, numbers(256), { logits: numbers(4) })],
+  ['a negative truncation', INVALID, () => seq.truncateSync(-1)],
+  ['a fractional truncation', INVALID, () => seq.truncateSync(1.5)],
+  ['replacing a sink token', INVALID, () => seq.replaceSync(0, 3, numbers(row), numbers(row))],
+  ['replacing a recent token', INVALID, () => seq.replaceSync(0, 199, numbers(row), numbers(row))],
+  [
+    'replacing with NaN',
+    'ERR_INNERKV_NOT_FINITE',
+    () => seq.replaceSync(0, 40, numbers(row, NaN), numbers(row)),
+  ],
+  ['removing from a head too many', INVALID, () => seq.removeSync(0, [40], { head: 2 })],
+  ['removing one good and one bad token', INVALID, () => seq.removeSync(0, [40, 5000])],
+  ['reading back a head too many', INVALID, () => seq.readBackSync(0, 2)],
+  [
+    'the pool running out',
+    'ERR_INNERKV_OUT_OF_MEMORY',
+    () => seq.appendSync(0, numbers(row * 60000), numbers(row * 60000)),
+  ],
+  [
+    'a sequence of another cache in a batch',
+    INVALID,
+    () => {
+      using other = KvCache.createSync(backend, { ...shape, scheme: schemes.fp16(), memory: '1MiB' });
+      cache.attendBatchSync(0, [{ sequence: other.sequence(), q: numbers(256) }]);
+    },
+  ],
+];
+
+test.each(cases)('%s', (_, code, act) => {
+  const before = snapshot();
+  let thrown: unknown;
+  try {
+    act();
+  } catch (error) {
+    thrown = error;
+  }
+  expect(thrown).toBeInstanceOf(KvError);
+  expect((thrown as KvError).code).toBe(code);
+  expect(snapshot()).toEqual(before);
+});
+
+const options = { ...shape, scheme: schemes.fp16(), memory: '1MiB' };
+test.each<[string, string, object]>([
+  ['a head dimension without kernels', 'ERR_INNERKV_UNSUPPORTED', { headDim: 72 }],
+  ['query heads that do not divide', INVALID, { queryHeads: 3 }],
+  ['no layers', INVALID, { layers: 0 }],
+  ['a size that is none', INVALID, { memory: 'plenty' }],
+  ['negative windows', INVALID, { windows: { sink: -1 } }],
+  ['fewer sliding windows than layers', INVALID, { slidingWindow: [] }],
+  ['a scheme for too few layers', INVALID, { scheme: [] }],
+])('a cache with %s is refused', (_, code, wrong) => {
+  expect(() => KvCache.createSync(backend, { ...options, ...wrong })).toThrow(
+    expect.objectContaining({ code }) as Error,
+  );
+});
+
+test('every flipped byte and every cut of a saved sequence is rejected or harmless', () => {
+  using small = KvCache.createSync(backend, {
+    ...shape,
+    kvHeads: 1,
+    queryHeads: 1,
+    scheme: schemes.q8(),
+    memory: '1MiB',
+    windows: { sink: 1, recent: 1 },
+  });
+  const one = small.sequence();
+  one.appendSync(0, new Random(2).gaussians(64 * 4), new Random(3).gaussians(64 * 4));
+  const bytes = one.saveSync();
+  const used = small.stats().usedBytes;
+  for (let i = 0; i < bytes.length; i += i < 300 || i > bytes.length - 100 ? 1 : 37) {
+    const broken = Uint8Array.from(bytes);
+    broken[i]! ^= 1 << (i % 8);
+    expect(() => small.loadSync(broken)).toThrow(KvError);
+    expect(() => small.loadSync(bytes.subarray(0, i))).toThrow(KvError);
+  }
+  expect(small.stats().usedBytes).toBe(used);
+});
