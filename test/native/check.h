@@ -1,6 +1,7 @@
 // The smallest test harness that can fail: CHECK counts, report() prints the total and gives the exit code.
 //
-//   TEST("a sentence that is true") { CHECK(...); }    in a program whose main() returns check::run("name", argc, argv)
+//   TEST("a sentence that is true") { CHECK(...); }    in a program whose main() returns check::run("name",
+//   argc, argv)
 // An argument runs only the tests whose sentence contains it.
 #pragma once
 
@@ -91,7 +92,7 @@ class Random {
 
 #define CHECK_JOIN_(a, b) a##b
 #define CHECK_JOIN(a, b) CHECK_JOIN_(a, b)
-#define TEST(sentence)                                                                             \
-  static void CHECK_JOIN(test_, __LINE__)();                                                       \
+#define TEST(sentence)                                                                                \
+  static void CHECK_JOIN(test_, __LINE__)();                                                          \
   static const bool CHECK_JOIN(added_, __LINE__) = check::add(sentence, CHECK_JOIN(test_, __LINE__)); \
   static void CHECK_JOIN(test_, __LINE__)()
