@@ -23,7 +23,7 @@ export default tseslint.config(
       '@typescript-eslint/no-confusing-void-expression': ['error', { ignoreArrowShorthand: true }],
     },
   },
-  { files: ['lib/cli/**/*.ts', 'benchmarks/**/*.ts'], rules: { 'no-console': 'off' } },
+  { files: ['lib/cli/**/*.ts', 'benchmarks/**/*.ts', 'examples/**/*.ts'], rules: { 'no-console': 'off' } },
   {
     files: ['test/**/*.ts'],
     rules: {

@@ -52,6 +52,11 @@ void clear_removed(Page& page, int first, int count) {
     page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
 }
 
+/// A fresh page in the place of one that was given back: the tokens before `slots` are still removed.
+void mark_removed(Page& page, int slots) {
+  for (int slot = 0; slot < slots; ++slot) page.removed[slot / 64] |= std::uint64_t{1} << (slot % 64);
+}
+
 }  // namespace
 
 Sequence::Sequence(std::shared_ptr<Cache> cache)
@@ -247,6 +252,7 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
           held.reset();
           // `shared` is one extra holder besides the table.
           std::shared_ptr<Page> own = shared && shared.use_count() == 2 ? shared : own_page(shared, scheme);
+          if (!shared) mark_removed(*own, k_first - begin);
           pages[at(head)].push_back(own);
           own->k_zero_count = count_zeros(layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
           own->v_zero_count = count_zeros(layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
@@ -357,6 +363,7 @@ void Sequence::truncate_layer(LayerState& state, const LayerScheme& scheme, int 
   }
   if (reach.k == 0 && reach.v == 0) state.online.reset();
   state.tokens = tokens;
+  if (scheme.released_windows) reach.sink = std::min(reach.sink, tokens);  // only a prefill fills the sink
   state.reach = tokens == 0 ? Reach{} : reach;
 }
 

@@ -260,7 +260,8 @@ class HeadAttention {
       float* scores = s_.scores + r * kPageTokens;
       if (config_.softcap > 0)
         for (int i = 0; i < count; ++i)
-          scores[i] = kLog2e * config_.softcap * std::tanh(scores[i] * kLn2 / config_.softcap);
+          if (scores[i] != kNone)  // removed: tanh would bring it back as -softcap
+            scores[i] = kLog2e * config_.softcap * std::tanh(scores[i] * kLn2 / config_.softcap);
       const int hidden_before = std::clamp(first_visible(r) - position, 0, count),
                 hidden_from = std::clamp(end_visible(r) - position, 0, count);
       std::fill(scores, scores + hidden_before, kNone);

@@ -197,6 +197,9 @@ void rotate(float* x, int head_dim, const float* cos, const float* sin, int pair
     const Vec a = load(old + i);
     store(x + i, a * load(cos + i) + __builtin_shuffle(a, partner) * load(sin + i));
   }
+  // Channels beyond the rotary dimensions stay, to the sign of a zero.
+  __builtin_memcpy(x + 2 * pairs, old + 2 * pairs,
+                   sizeof(float) * static_cast<std::size_t>(head_dim - 2 * pairs));
 }
 
 void prepare_query(QueryArgs& args) {
@@ -471,16 +474,26 @@ void softmax(SoftmaxArgs& args) {
 // ---- integer sums back to numbers ----
 
 // 2 * sum - center2 * total is taken modulo 2^32: the true value always fits, the intermediate ones need not.
-inline float centred(std::int32_t sum, std::uint32_t bias) {
-  return static_cast<float>(static_cast<std::int32_t>(2u * static_cast<std::uint32_t>(sum) - bias));
-}
+// With center2 = 0 it would not fit (8 bits, 256 channels): such sums are not doubled, and `unit` is the
+// whole step.
+struct Centre {
+  std::uint32_t bias, shift;
+  float unit;
+  Centre(float step, std::int32_t total, int center2)
+      : bias(static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total)),
+        shift(center2 == 0 ? 0 : 1),
+        unit(center2 == 0 ? step : 0.5f * step) {}
+  float operator()(std::int32_t sum) const {
+    return unit *
+           static_cast<float>(static_cast<std::int32_t>((static_cast<std::uint32_t>(sum) << shift) - bias));
+  }
+};
 
 void add_scores(const std::int32_t* __restrict sums, int count, const float* __restrict scale,
                 const float* __restrict offset, float step, std::int32_t total, int center2,
                 float* __restrict scores) {
-  const float half_step = 0.5f * step;
-  const std::uint32_t bias = static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total);
-  for (int i = 0; i < count; ++i) scores[i] += scale[i] * (half_step * centred(sums[i], bias));
+  const Centre centred(step, total, center2);
+  for (int i = 0; i < count; ++i) scores[i] += scale[i] * centred(sums[i]);
   if (!offset) return;
   const float whole = step * static_cast<float>(total);
   for (int i = 0; i < count; ++i) scores[i] += offset[i] * whole;
@@ -488,12 +501,11 @@ void add_scores(const std::int32_t* __restrict sums, int count, const float* __r
 
 void add_values(const std::int32_t* __restrict sums, int count, const float* __restrict scale, float step,
                 std::int32_t total, int center2, float* __restrict acc) {
-  const float half_step = 0.5f * step;
-  const std::uint32_t bias = static_cast<std::uint32_t>(center2) * static_cast<std::uint32_t>(total);
+  const Centre centred(step, total, center2);
   if (scale)
-    for (int i = 0; i < count; ++i) acc[i] += scale[i] * (half_step * centred(sums[i], bias));
+    for (int i = 0; i < count; ++i) acc[i] += scale[i] * centred(sums[i]);
   else
-    for (int i = 0; i < count; ++i) acc[i] += half_step * centred(sums[i], bias);
+    for (int i = 0; i < count; ++i) acc[i] += centred(sums[i]);
 }
 
 void multiply(const float* __restrict p, const float* __restrict scale, int count,

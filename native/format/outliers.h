@@ -53,8 +53,9 @@ inline Outlier outlier_at(const std::uint8_t* section, const OutlierLayout& layo
 /// the indices do not ascend within [0, row_length).
 inline bool append_outlier_row(std::uint8_t* section, const OutlierLayout& layout, int row,
                                const Outlier* entries, int count, int row_length) {
+  if (row < 0 || row >= layout.rows || count < 0) return false;
   const int first = row == 0 ? 0 : outlier_start(section, layout, row);
-  if (row < 0 || row >= layout.rows || count < 0 || first + count > layout.capacity) return false;
+  if (count > layout.capacity - first) return false;
   for (int i = 0; i < count; ++i)
     if (entries[i].index < 0 || entries[i].index >= row_length ||
         (i > 0 && entries[i].index <= entries[i - 1].index))

@@ -27,8 +27,9 @@ export function toHalfBitsIeee(x: number): number {
   if (magnitude >= 65520) return sign | 0x7c00;
 
   let exponent = -14; // the exponent of the binade, or of all subnormals
-  while (magnitude >= 2 ** (exponent + 1)) exponent++;
-  const units = roundTiesToEven(magnitude / 2 ** (exponent - 10)); // 0 ... 2048, exact quotient
+  let unit = MIN_HALF; // 2 ** (exponent - 10), always exact
+  for (; magnitude >= 2048 * unit; unit *= 2) exponent++;
+  const units = roundTiesToEven(magnitude / unit); // 0 ... 2048, exact quotient
   // Binade `exponent` begins at (exponent + 14) * 1024 + 1024; subnormals begin at 0. A carry to 2048 lands right.
   return sign | ((exponent + 14) * 1024 + units);
 }
