@@ -218,7 +218,8 @@ Napi::Value SequenceObject::page(const Napi::CallbackInfo& info) {
               index = to_int(info[2], "page");
     const Napi::Env env = info.Env();
     return handle()->cache->runtime->executor().between([&]() -> Napi::Value {
-      const Cache& cache = *handle()->cache->core;
+      Cache& cache = *handle()->cache->core;
+      Backend& backend = cache.backend();
       const LayerState& state = handle()->core->layer_state(layer);
       if (head < 0 || at(head) >= state.pages.size()) refuse("No such KV head.");
       const auto& table = state.pages[at(head)];
@@ -230,13 +231,15 @@ Napi::Value SequenceObject::page(const Napi::CallbackInfo& info) {
       const LayerScheme& scheme = cache.config().scheme(layer);
       const auto zeros = [&](const std::vector<Slot>& extents, int count) {
         std::vector<std::uint16_t> all(at(count));
-        for (int z = 0; z < count; ++z)
-          std::memcpy(&all[at(z)], extents[at(z / kZeroExtent)].data() + 2 * at(z % kZeroExtent), 2);
+        for (int z = 0; z < count; z += kZeroExtent)
+          backend.copy_memory(&all[at(z)], extents[at(z / kZeroExtent)].data(),
+                              2 * at(std::min(count - z, kZeroExtent)));
         return copy_out<Napi::Uint16Array>(env, all.data(), all.size());
       };
       Napi::Object result = Napi::Object::New(env);
-      const std::size_t size = PageLayout(scheme.k, scheme.v, cache.config().head_dim).bytes();
-      result.Set("bytes", copy_out<Napi::Uint8Array>(env, page->bytes.data(), size));
+      std::vector<std::uint8_t> bytes(PageLayout(scheme.k, scheme.v, cache.config().head_dim).bytes());
+      backend.copy_memory(bytes.data(), page->bytes.data(), bytes.size());
+      result.Set("bytes", copy_out<Napi::Uint8Array>(env, bytes.data(), bytes.size()));
       result.Set("keyZeros", zeros(page->k_zeros, page->k_zero_count));
       result.Set("valueZeros", zeros(page->v_zeros, page->v_zero_count));
       return result;

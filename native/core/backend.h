@@ -1,8 +1,8 @@
 // The seam between the core, which decides, and a device, which moves and computes: cpu/ implements it, cuda/
 // will.
 //
-// Arguments are plain structs of pointers into memory that the backend itself allocated, unless marked
-// "host".
+// Arguments are plain structs of pointers. Pages, extents, windows and staged tokens are device memory, which
+// only the backend may read and write; everything else is host memory.
 #pragma once
 
 #include <atomic>
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../platform.h"
 #include "config.h"
 #include "pool.h"
 #include "rotation.h"
@@ -44,6 +45,29 @@ struct HeadView {
   int ring = 1;
 };
 
+/// Tokens of one head, binary16, finite: old ones lie in the windows, new ones in what append() was given.
+struct TokenSource {
+  const std::uint16_t *sink = nullptr, *ring = nullptr,
+                      *added = nullptr;  // added: row of the first new token
+  int sink_tokens = 0, ring_tokens = 1, old_tokens = 0, head_dim = 0;
+  std::ptrdiff_t stride = 0;  // numbers from one new token to the next
+
+  INNERKV_HD const std::uint16_t* at_position(int position) const {
+    if (position >= old_tokens) return added + (position - old_tokens) * stride;
+    if (position < sink_tokens) return sink + std::ptrdiff_t{position} * head_dim;
+    return ring + std::ptrdiff_t{(position - sink_tokens) % ring_tokens} * head_dim;
+  }
+};
+
+/// Rows of new tokens on their way into a window: `to` rows follow each other, `from` rows are `stride`
+/// apart.
+struct RowCopy {
+  std::uint16_t* to;
+  const std::uint16_t* from;
+  std::ptrdiff_t stride;
+  int rows;
+};
+
 /// Quantises consecutive tokens of one head into one page. K and V ranges may differ (values may flush 32 at
 /// a time).
 struct QuantiseJob {
@@ -54,7 +78,9 @@ struct QuantiseJob {
   int sink;                      // positions = sink + token index
   int k_first = 0, k_count = 0;  // slots
   int v_first = 0, v_count = 0;
-  const std::uint16_t *k = nullptr, *v = nullptr;  // [count][D] binary16
+  TokenSource k, v;
+
+  INNERKV_HD int position(int slot) const { return sink + page_index * kPageTokens + slot; }
 };
 
 /// Attention of one sequence in one layer. Query token i is appended token tokens - q_tokens + i when causal.
@@ -90,7 +116,13 @@ class Backend {
   virtual void* allocate_memory(std::size_t bytes) = 0;  // throws Error{kOutOfMemory}
   virtual void free_memory(void* memory, std::size_t bytes) noexcept = 0;
   virtual void clear_memory(void* memory, std::size_t bytes) noexcept = 0;
+  /// Any mix of host and device memory; what was asked of the backend before is done before.
   virtual void copy_memory(void* to, const void* from, std::size_t bytes) noexcept = 0;
+  /// Device memory with these contents: `numbers` itself when it is that already, else a copy that stays
+  /// until the next call with the same `place` (0 or 1). Throws Error{kOutOfMemory}.
+  virtual const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) = 0;
+  /// Rows of `row` numbers; windows of one call do not overlap.
+  virtual void copy_rows(std::span<const RowCopy> copies, int row) = 0;
 
   virtual void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                         const RotationTable& rotations) = 0;

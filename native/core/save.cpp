@@ -167,13 +167,20 @@ std::vector<std::uint8_t> SequenceWriter::chunk(int layer, int head) const {
   const std::size_t D = at(config.head_dim);
   Out body;
   const auto w = sequence_->windows(state, scheme, head);
+  Backend& backend = sequence_->cache().backend();
+  const auto copy = [&](const void* from, std::size_t size) {
+    std::vector<std::uint8_t> bytes(size);
+    backend.copy_memory(bytes.data(), from, size);
+    return bytes;
+  };
+  const auto device = [&](const void* from, std::size_t size) { body.bytes(copy(from, size).data(), size); };
   const auto ring = [&](const std::uint16_t* from, int first, int count) {
-    for (int t = first; t < first + count; ++t) body.bytes(from + at(t % scheme.ring_tokens()) * D, 2 * D);
+    for (int t = first; t < first + count; ++t) device(from + at(t % scheme.ring_tokens()) * D, 2 * D);
   };
   const std::size_t sink = at(std::min(state.tokens, state.reach.sink));
   if (sink > 0) {
-    body.bytes(w.sink_k, 2 * D * sink);
-    body.bytes(w.sink_v, 2 * D * sink);
+    device(w.sink_k, 2 * D * sink);
+    device(w.sink_v, 2 * D * sink);
   }
   ring(w.ring_k, state.reach.k, ring_k(state));
   ring(w.ring_v, state.reach.v, ring_v(state));
@@ -189,15 +196,16 @@ std::vector<std::uint8_t> SequenceWriter::chunk(int layer, int head) const {
     if (!page) continue;
     body.put(page->removed[0]);
     body.put(page->removed[1]);
-    body.bytes(page->bytes.data(), layout.bytes());
+    const std::vector<std::uint8_t> stored = copy(page->bytes.data(), layout.bytes());
+    body.bytes(stored.data(), stored.size());
     const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base,
                            const std::vector<Slot>& extents, int slots) {
       const int count = check_tensor(tensor, base, slots);
-      for (int z = 0; z < count; ++z)
-        body.put(peek<std::uint16_t>(extents[at(z / kZeroExtent)].data() + 2 * at(z % kZeroExtent)));
+      for (int z = 0; z < count; z += kZeroExtent)
+        device(extents[at(z / kZeroExtent)].data(), 2 * at(std::min(count - z, kZeroExtent)));
     };
-    zeros(layout.k, page->bytes.data() + layout.k_at(), page->k_zeros, slots_of(state.reach.k, i));
-    zeros(layout.v, page->bytes.data() + layout.v_at(), page->v_zeros, slots_of(state.reach.v, i));
+    zeros(layout.k, stored.data() + layout.k_at(), page->k_zeros, slots_of(state.reach.k, i));
+    zeros(layout.v, stored.data() + layout.v_at(), page->v_zeros, slots_of(state.reach.v, i));
   }
   std::vector<std::uint8_t> bytes = body.sealed();
   bytes.resize(bytes.size() - kCrc);
@@ -338,13 +346,20 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
   const std::size_t D = at(config.head_dim);
   In in(data, size);
   const auto w = sequence_->windows(state, scheme, head);
+  std::vector<std::uint8_t> host;
+  const auto to_device = [&](void* to) { cache_->backend().copy_memory(to, host.data(), host.size()); };
+  const auto halves = [&](void* to, std::size_t count) {
+    host.resize(2 * count);
+    in.halves(reinterpret_cast<std::uint16_t*>(host.data()), count);
+    to_device(to);
+  };
   const auto ring = [&](std::uint16_t* to, int first, int count) {
-    for (int t = first; t < first + count; ++t) in.halves(to + at(t % scheme.ring_tokens()) * D, D);
+    for (int t = first; t < first + count; ++t) halves(to + at(t % scheme.ring_tokens()) * D, D);
   };
   const std::size_t sink = at(std::min(state.tokens, state.reach.sink));
   if (sink > 0) {
-    in.halves(w.sink_k, D * sink);
-    in.halves(w.sink_v, D * sink);
+    halves(w.sink_k, D * sink);
+    halves(w.sink_v, D * sink);
   }
   ring(w.ring_k, state.reach.k, ring_k(state));
   ring(w.ring_v, state.reach.v, ring_v(state));
@@ -382,18 +397,20 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
         intact(removable, "a token is marked removed where none can be");
         state.removed += slot < std::min(k_slots, v_slots);
       }
-    in.bytes(page->bytes.data(), layout.bytes());
+    std::vector<std::uint8_t> stored(layout.bytes());
+    in.bytes(stored.data(), stored.size());
+    cache_->backend().copy_memory(page->bytes.data(), stored.data(), stored.size());
     const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base, std::vector<Slot>& extents,
                            int slots) {
       const int count = check_tensor(tensor, base, slots);
-      for (int z = 0; z < count; ++z) {
-        if (z % kZeroExtent == 0) extents.push_back(cache_->pool().take(2 * kZeroExtent));
-        in.halves(reinterpret_cast<std::uint16_t*>(extents.back().data()) + z % kZeroExtent, 1);
+      for (int z = 0; z < count; z += kZeroExtent) {
+        extents.push_back(cache_->pool().take(2 * kZeroExtent));
+        halves(extents.back().data(), at(std::min(count - z, kZeroExtent)));
       }
       return count;
     };
-    page->k_zero_count = zeros(layout.k, page->bytes.data() + layout.k_at(), page->k_zeros, k_slots);
-    page->v_zero_count = zeros(layout.v, page->bytes.data() + layout.v_at(), page->v_zeros, v_slots);
+    page->k_zero_count = zeros(layout.k, stored.data() + layout.k_at(), page->k_zeros, k_slots);
+    page->v_zero_count = zeros(layout.v, stored.data() + layout.v_at(), page->v_zeros, v_slots);
     table.back() = std::move(page);
   }
   intact(in.empty(), "a part is too long");

@@ -19,16 +19,14 @@ std::size_t at(int i) { return static_cast<std::size_t>(i); }
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 /// Compact zero points that the first `slots` slots of a tensor own: the sign bits of its scales tell.
-int count_zeros(const TensorLayout& tensor, const std::uint8_t* base, int slots) {
-  if (!tensor.spec.compact_zeros()) return 0;
+int count_zeros(Backend& backend, const TensorLayout& tensor, const std::uint8_t* base, int slots) {
+  if (!tensor.spec.compact_zeros() || slots == 0) return 0;
+  std::vector<std::uint16_t> scales(at(tensor.scales()));
+  backend.copy_memory(scales.data(), base + tensor.scales_at(), 2 * scales.size());
   const int span = tensor.spec.flush_tokens();
   int zeros = 0;
   for (int slot = 0; slot < slots; slot += span)
-    for (int g = 0; g < tensor.groups(); ++g) {
-      std::uint16_t scale;
-      std::memcpy(&scale, base + tensor.scales_at() + std::size_t{2} * at(tensor.scale_index(slot, g)), 2);
-      zeros += scale >> 15;
-    }
+    for (int g = 0; g < tensor.groups(); ++g) zeros += scales[at(tensor.scale_index(slot, g))] >> 15;
   return zeros;
 }
 
@@ -151,39 +149,24 @@ std::shared_ptr<Page> Sequence::own_page(const std::shared_ptr<Page>& page, cons
 
 namespace {
 
-/// Tokens of one head, old ones from the windows, new ones from the arguments of append().
-struct TokenSource {
-  const std::uint16_t *sink, *ring, *added;  // added: row of this head in token 0, rows `stride` apart
-  int sink_tokens, ring_tokens, old_tokens, head_dim;
-  std::ptrdiff_t stride;
-
-  const std::uint16_t* at_position(int position) const {
-    if (position >= old_tokens) return added + (position - old_tokens) * stride;
-    if (position < sink_tokens) return sink + std::ptrdiff_t{position} * head_dim;
-    return ring + std::ptrdiff_t{(position - sink_tokens) % ring_tokens} * head_dim;
-  }
-  void gather(int first_position, int count, std::uint16_t* to) const {
-    for (int i = 0; i < count; ++i)
-      std::memcpy(to + std::ptrdiff_t{i} * head_dim, at_position(first_position + i),
-                  sizeof(std::uint16_t) * innerkv::at(head_dim));
-  }
-};
-
 /// Statistics of the first tokens of a sequence: docs/format.md section 5.
-Basis online_basis(const LayerScheme& scheme, const TokenSource& keys) {
-  const int D = keys.head_dim;
+Basis online_basis(Backend& backend, const LayerScheme& scheme, const TokenSource& source) {
+  const int D = source.head_dim;
+  std::vector<std::uint16_t> keys(at(scheme.stat_tokens) * at(D));
+  for (int t = 0; t < scheme.stat_tokens; ++t)
+    backend.copy_memory(keys.data() + std::ptrdiff_t{t} * D, source.at_position(t), 2 * at(D));
   Basis basis;
   if (scheme.online_mean) {
     basis.mean.assign(at(D), 0.0f);
     for (int t = 0; t < scheme.stat_tokens; ++t)
-      for (int c = 0; c < D; ++c) basis.mean[at(c)] += half_value(keys.at_position(t)[c]);
+      for (int c = 0; c < D; ++c) basis.mean[at(c)] += half_value(keys[at(t * D + c)]);
     for (float& mean : basis.mean) mean /= static_cast<float>(scheme.stat_tokens);
   }
   if (scheme.online_lambda) {
     basis.lam.assign(at(D), 0.0f);
     for (int t = 0; t < scheme.stat_tokens; ++t)
       for (int c = 0; c < D; ++c)
-        basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys.at_position(t)[c])));
+        basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys[at(t * D + c)])));
     for (float& lam : basis.lam) lam = std::max(std::sqrt(lam), 0x1p-10f);
     for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
   }
@@ -207,6 +190,10 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   const Reach reach = reach_after(state, scheme, tokens);
   const PageLayout layout(scheme.k, scheme.v, D);
 
+  Backend& backend = cache_->backend();
+  const std::size_t numbers = at(tokens) * at(heads) * at(D);
+  k = backend.stage(0, k, numbers);
+  v = backend.stage(1, v, numbers);
   std::vector<TokenSource> key_source, value_source;
   for (int head = 0; head < heads; ++head) {
     const Windows w = windows(state, scheme, head);
@@ -222,7 +209,8 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
     // released_windows quantises before the statistics are complete: then they come from what there is.
     LayerScheme first = scheme;
     first.stat_tokens = std::min(scheme.stat_tokens, state.tokens + tokens);
-    for (int head = 0; head < heads; ++head) made->push_back(online_basis(first, key_source[at(head)]));
+    for (int head = 0; head < heads; ++head)
+      made->push_back(online_basis(backend, first, key_source[at(head)]));
     online = std::move(made);
   }
 
@@ -232,11 +220,8 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   const bool writes = reach.k > state.reach.k || reach.v > state.reach.v;
   std::vector<QuantiseJob> jobs;
   std::vector<std::vector<std::shared_ptr<Page>>> pages(at(heads));
-  std::vector<std::uint16_t> gathered;
   if (writes) {
-    gathered.resize(at(heads) * at(D) * at(reach.k - state.reach.k + reach.v - state.reach.v));
     try {
-      std::uint16_t* next = gathered.data();
       for (int head = 0; head < heads; ++head)
         for (int page = first_page; page < end_page; ++page) {
           const int begin = page * kPageTokens, end = begin + kPageTokens;
@@ -254,8 +239,10 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
           std::shared_ptr<Page> own = shared && shared.use_count() == 2 ? shared : own_page(shared, scheme);
           if (!shared) mark_removed(*own, k_first - begin);
           pages[at(head)].push_back(own);
-          own->k_zero_count = count_zeros(layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
-          own->v_zero_count = count_zeros(layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
+          own->k_zero_count =
+              count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
+          own->v_zero_count =
+              count_zeros(backend, layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
           reserve_extents(cache_->pool(), layout.k, own->k_zeros, own->k_zero_count, k_end - k_first);
           reserve_extents(cache_->pool(), layout.v, own->v_zeros, own->v_zero_count, v_end - v_first);
           QuantiseJob job{&scheme,
@@ -267,12 +254,8 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
                           k_end - k_first,
                           v_first - begin,
                           v_end - v_first,
-                          next,
-                          next + std::ptrdiff_t{k_end - k_first} * D};
-          key_source[at(head)].gather(reach.sink + k_first, k_end - k_first, next);
-          value_source[at(head)].gather(reach.sink + v_first, v_end - v_first,
-                                        next + std::ptrdiff_t{k_end - k_first} * D);
-          next += std::ptrdiff_t{k_end - k_first + v_end - v_first} * D;
+                          key_source[at(head)],
+                          value_source[at(head)]};
           jobs.push_back(job);
         }
       for (auto& table : state.pages) table.reserve(at(end_page));
@@ -284,10 +267,13 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
     }
   }
 
+  std::vector<RowCopy> copies;
+  copies.reserve(6 * at(heads));  // sink and two pieces of the ring, K and V
+
   // From here on nothing fails.
   if (fresh_windows) state.windows = std::move(fresh_windows);
   for (const QuantiseJob& job : jobs) clear_removed(*job.page, job.k_first, job.k_count);
-  cache_->backend().quantise(config, jobs, cache_->rotations());
+  backend.quantise(config, jobs, cache_->rotations());
   for (const QuantiseJob& job : jobs) give_back_extents(*job.page);
   for (int head = 0; head < heads && writes; ++head) {
     auto& table = state.pages[at(head)];
@@ -298,23 +284,26 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   state.online = std::move(online);
 
   const int total = state.tokens + tokens, ring = scheme.ring_tokens();
-  const std::size_t row_bytes = sizeof(std::uint16_t) * at(D);
   for (int head = 0; head < heads; ++head) {
     const Windows w = windows(state, scheme, head);
-    for (int position = state.tokens; position < std::min(total, reach.sink); ++position) {
-      cache_->backend().copy_memory(w.sink_k + std::ptrdiff_t{position} * D,
-                                    key_source[at(head)].at_position(position), row_bytes);
-      cache_->backend().copy_memory(w.sink_v + std::ptrdiff_t{position} * D,
-                                    value_source[at(head)].at_position(position), row_bytes);
-    }
-    const auto keep = [&](std::uint16_t* to, const TokenSource& source, int reached) {
-      for (int position = std::max(state.tokens, reach.sink + reached); position < total; ++position)
-        cache_->backend().copy_memory(to + std::ptrdiff_t{(position - reach.sink) % ring} * D,
-                                      source.at_position(position), row_bytes);
+    const auto copy = [&](std::uint16_t* to, const TokenSource& source, int position, int count) {
+      if (count > 0) copies.push_back({to, source.at_position(position), source.stride, count});
     };
+    const auto keep = [&](std::uint16_t* to, const TokenSource& source, int reached) {
+      for (int position = std::max(state.tokens, reach.sink + reached); position < total;) {
+        const int row = (position - reach.sink) % ring, count = std::min(total - position, ring - row);
+        copy(to + std::ptrdiff_t{row} * D, source, position, count);
+        position += count;
+      }
+    };
+    const std::ptrdiff_t sink_row = std::ptrdiff_t{state.tokens} * D;
+    const int sink_rows = std::min(total, reach.sink) - state.tokens;
+    copy(w.sink_k + sink_row, key_source[at(head)], state.tokens, sink_rows);
+    copy(w.sink_v + sink_row, value_source[at(head)], state.tokens, sink_rows);
     keep(w.ring_k, key_source[at(head)], reach.k);
     keep(w.ring_v, value_source[at(head)], reach.v);
   }
+  backend.copy_rows(copies, D);
   state.tokens = total;
   state.reach = reach;
 }
@@ -342,14 +331,25 @@ void Sequence::truncate_layer(LayerState& state, const LayerScheme& scheme, int 
       for (int head = 0; head < config.kv_heads; ++head) {
         Page* held = state.pages[at(head)][at(page)].get();
         cache_->backend().decode(config,
-                                 {&scheme, basis(state, scheme, head), held, page, state.reach.sink, 0, 0, 0,
-                                  std::min(first + flush, kPageTokens)},
+                                 {&scheme,
+                                  basis(state, scheme, head),
+                                  held,
+                                  page,
+                                  state.reach.sink,
+                                  0,
+                                  0,
+                                  0,
+                                  std::min(first + flush, kPageTokens),
+                                  {},
+                                  {}},
                                  cache_->rotations(), k.data(), v.data());
         std::uint16_t* ring = windows(state, scheme, head).ring_v;
-        for (int t = reach.v; t < body; ++t)
-          for (int c = 0; c < D; ++c)
-            ring[std::ptrdiff_t{t % scheme.ring_tokens()} * D + c] =
-                half_bits(v[at((t % kPageTokens) * D + c)]);
+        std::vector<std::uint16_t> row(at(D));
+        for (int t = reach.v; t < body; ++t) {
+          for (int c = 0; c < D; ++c) row[at(c)] = half_bits(v[at((t % kPageTokens) * D + c)]);
+          cache_->backend().copy_memory(ring + std::ptrdiff_t{t % scheme.ring_tokens()} * D, row.data(),
+                                        2 * at(D));
+        }
       }
     }
   }
@@ -408,6 +408,9 @@ void Sequence::replace(int layer, int position, const std::uint16_t* k, const st
             slot = token % kPageTokens;
   std::vector<std::shared_ptr<Page>> own;
   std::vector<QuantiseJob> jobs;
+  const std::size_t numbers = at(config.kv_heads) * at(config.head_dim);
+  k = cache_->backend().stage(0, k, numbers);
+  v = cache_->backend().stage(1, v, numbers);
   for (int head = 0; head < config.kv_heads; ++head) {
     const auto& held = state.pages[at(head)][at(page)];
     if (!held || held->is_removed(slot))
@@ -416,8 +419,17 @@ void Sequence::replace(int layer, int position, const std::uint16_t* k, const st
                                                    " and cannot be replaced.");
     own.push_back(own_page(held, scheme));
     const std::ptrdiff_t offset = std::ptrdiff_t{head} * config.head_dim;
-    jobs.push_back({&scheme, basis(state, scheme, head), own.back().get(), page, state.reach.sink, slot, 1,
-                    slot, 1, k + offset, v + offset});
+    jobs.push_back({&scheme,
+                    basis(state, scheme, head),
+                    own.back().get(),
+                    page,
+                    state.reach.sink,
+                    slot,
+                    1,
+                    slot,
+                    1,
+                    {nullptr, nullptr, k + offset, 0, 1, position, config.head_dim, 0},
+                    {nullptr, nullptr, v + offset, 0, 1, position, config.head_dim, 0}});
   }
   cache_->backend().quantise(config, jobs, cache_->rotations());
   for (int head = 0; head < config.kv_heads; ++head)
@@ -486,11 +498,13 @@ void Sequence::read_back(int layer, int head, float* k, float* v) const {
   const HeadView view = this->view(layer, head);
   const int D = config.head_dim;
   std::vector<float> page_k(at(kPageTokens * D)), page_v(at(kPageTokens * D));
+  std::vector<std::uint16_t> row(at(D));
   for (int t = 0; t < state.tokens; ++t) {
     const int token = t - view.sink;
     float *to_k = k + std::ptrdiff_t{t} * D, *to_v = v + std::ptrdiff_t{t} * D;
     const auto from_half = [&](const std::uint16_t* from, float* to) {
-      for (int c = 0; c < D; ++c) to[c] = half_value(from[c]);
+      cache_->backend().copy_memory(row.data(), from, 2 * at(D));
+      for (int c = 0; c < D; ++c) to[c] = half_value(row[at(c)]);
     };
     if (token < 0) {
       from_half(view.sink_k + std::ptrdiff_t{t} * D, to_k);
@@ -502,17 +516,26 @@ void Sequence::read_back(int layer, int head, float* k, float* v) const {
     if (slot == 0 && held) {
       const auto slots = [&](int quantised) { return std::clamp(quantised - token, 0, kPageTokens); };
       cache_->backend().decode(config,
-                               {&scheme, view.basis, held, page, view.sink, 0, slots(view.k_quantised), 0,
-                                slots(view.v_quantised)},
+                               {&scheme,
+                                view.basis,
+                                held,
+                                page,
+                                view.sink,
+                                0,
+                                slots(view.k_quantised),
+                                0,
+                                slots(view.v_quantised),
+                                {},
+                                {}},
                                cache_->rotations(), page_k.data(), page_v.data());
     }
-    const std::ptrdiff_t row = std::ptrdiff_t{token % view.ring} * D;
+    const std::ptrdiff_t in_ring = std::ptrdiff_t{token % view.ring} * D;
     if (token >= view.k_quantised)
-      from_half(view.ring_k + row, to_k);
+      from_half(view.ring_k + in_ring, to_k);
     else
       std::memcpy(to_k, page_k.data() + slot * D, sizeof(float) * at(D));
     if (token >= view.v_quantised)
-      from_half(view.ring_v + row, to_v);
+      from_half(view.ring_v + in_ring, to_v);
     else
       std::memcpy(to_v, page_v.data() + slot * D, sizeof(float) * at(D));
     if (token < view.k_quantised && (!held || held->is_removed(slot))) {

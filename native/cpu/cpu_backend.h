@@ -27,6 +27,8 @@ class CpuBackend final : public Backend {
   void free_memory(void* memory, std::size_t bytes) noexcept override;
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override;
+  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override;
+  void copy_rows(std::span<const RowCopy> copies, int row) override;
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override;
   bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,

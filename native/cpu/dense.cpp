@@ -25,6 +25,13 @@ void CpuBackend::clear_memory(void* memory, std::size_t bytes) noexcept { std::m
 void CpuBackend::copy_memory(void* to, const void* from, std::size_t bytes) noexcept {
   std::memcpy(to, from, bytes);
 }
+const std::uint16_t* CpuBackend::stage(int, const std::uint16_t* numbers, std::size_t) { return numbers; }
+void CpuBackend::copy_rows(std::span<const RowCopy> copies, int row) {
+  for (const RowCopy& copy : copies)
+    for (int i = 0; i < copy.rows; ++i)
+      std::memcpy(copy.to + std::ptrdiff_t{i} * row, copy.from + i * copy.stride,
+                  sizeof(std::uint16_t) * static_cast<std::size_t>(row));
+}
 
 void CpuBackend::attend_dense(const DenseRequest& request) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();

@@ -34,12 +34,14 @@ class PageWriter {
         v_(job.page->bytes.data() + layout_.v_at()) {}
 
   void write() {
-    for (int i = 0; i < job_.k_count; ++i) write_key(job_.k_first + i, job_.k + std::ptrdiff_t{i} * D_);
-    if (scheme_.v.group == Group::kTokens32 && !scheme_.v.raw())
-      for (int i = 0; i < job_.v_count; i += kBlockTokens32)
-        write_value_block(job_.v_first + i, job_.v + std::ptrdiff_t{i} * D_);
-    else
-      for (int i = 0; i < job_.v_count; ++i) write_value(job_.v_first + i, job_.v + std::ptrdiff_t{i} * D_);
+    for (int slot = job_.k_first; slot < job_.k_first + job_.k_count; ++slot)
+      write_key(slot, job_.k.at_position(job_.position(slot)));
+    const bool blocks = scheme_.v.group == Group::kTokens32 && !scheme_.v.raw();
+    for (int slot = job_.v_first; slot < job_.v_first + job_.v_count; slot += blocks ? kBlockTokens32 : 1)
+      if (blocks)
+        write_value_block(slot);
+      else
+        write_value(slot, job_.v.at_position(job_.position(slot)));
   }
 
  private:
@@ -119,12 +121,12 @@ class PageWriter {
     put_column(v_, layout.codes(), slot, codes);
   }
 
-  void write_value_block(int slot, const std::uint16_t* values) {
+  void write_value_block(int slot) {
     const TensorLayout& layout = layout_.v;
     float x[kBlockTokens32][kMaxHeadDim], column[kBlockTokens32];
     std::uint8_t codes[kBlockTokens32];
     for (int t = 0; t < kBlockTokens32; ++t) {
-      kernels_.half_to_float(values + std::ptrdiff_t{t} * D_, x[t], static_cast<std::size_t>(D_));
+      kernels_.half_to_float(job_.v.at_position(job_.position(slot + t)), x[t], static_cast<std::size_t>(D_));
       if (scheme_.hadamard_v) kernels_.hadamard(x[t], D_);
     }
     for (int c = 0; c < D_; ++c) {

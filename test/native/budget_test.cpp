@@ -22,6 +22,10 @@ class RefusingBackend final : public Backend {
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
     cpu_.copy_memory(to, from, bytes);
   }
+  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
+    return cpu_.stage(place, numbers, count);
+  }
+  void copy_rows(std::span<const RowCopy> copies, int row) override { cpu_.copy_rows(copies, row); }
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override {
     cpu_.quantise(config, jobs, rotations);
