@@ -130,10 +130,6 @@ class Backend {
   virtual bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
                       const RotationTable& rotations, const std::atomic<bool>* aborted) = 0;
   virtual void attend_dense(const DenseRequest& request) = 0;
-  /// What page `page` holds, decoded to the space of the input: k, v [128][D] float32, zero where nothing is
-  /// stored.
-  virtual void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations,
-                      float* k, float* v) = 0;
 };
 
 }  // namespace innerkv

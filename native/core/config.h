@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "../format/page.h"
@@ -22,10 +23,11 @@ struct Basis {
   std::vector<float> lam;      // [D], > 0
   std::vector<float> inv_lam;  // [D], float32(1 / lam)
   // Error feedback, everything in the order in which channels are rounded:
-  std::vector<std::uint8_t> order;  // [D] a permutation of the channels
-  std::vector<float> metric;        // W [D][D], symmetric
-  std::vector<float> feedback;      // F [D][D], strictly upper
-  std::vector<float> pivot;         // d [D]
+  std::vector<std::uint8_t> order;       // [D] a permutation of the channels
+  std::vector<float> metric;             // W [D][D], symmetric
+  std::vector<float> feedback;           // F [D][D], strictly upper
+  std::vector<float> pivot;              // d [D]
+  mutable std::shared_ptr<void> mirror;  // the backend's copy, made on first use; copies of a basis share it
 };
 
 struct LayerScheme {

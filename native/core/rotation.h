@@ -58,6 +58,11 @@ class RotationTable {
 
   RopeConfig rope_;
   int head_dim_;
+
+ public:
+  mutable std::shared_ptr<void> mirror;  // the backend's copy of what it has used
+
+ private:
   mutable std::mutex mutex_;
   mutable std::map<std::int64_t, std::unique_ptr<Rotation>> table_;
 };

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../numerics/half.h"
+#include "decode.h"
 #include "error.h"
 
 namespace innerkv {
@@ -330,19 +331,10 @@ void Sequence::truncate_layer(LayerState& state, const LayerScheme& scheme, int 
       const int page = reach.v / kPageTokens, first = reach.v % kPageTokens;
       for (int head = 0; head < config.kv_heads; ++head) {
         Page* held = state.pages[at(head)][at(page)].get();
-        cache_->backend().decode(config,
-                                 {&scheme,
-                                  basis(state, scheme, head),
-                                  held,
-                                  page,
-                                  state.reach.sink,
-                                  0,
-                                  0,
-                                  0,
-                                  std::min(first + flush, kPageTokens),
-                                  {},
-                                  {}},
-                                 cache_->rotations(), k.data(), v.data());
+        decode_page(cache_->backend(), D,
+                    {&scheme, basis(state, scheme, head), held, page, state.reach.sink, 0,
+                     std::min(first + flush, kPageTokens)},
+                    cache_->rotations(), k.data(), v.data());
         std::uint16_t* ring = windows(state, scheme, head).ring_v;
         std::vector<std::uint16_t> row(at(D));
         for (int t = reach.v; t < body; ++t) {
@@ -515,19 +507,10 @@ void Sequence::read_back(int layer, int head, float* k, float* v) const {
     Page* held = token < std::max(view.k_quantised, view.v_quantised) ? view.pages[page].get() : nullptr;
     if (slot == 0 && held) {
       const auto slots = [&](int quantised) { return std::clamp(quantised - token, 0, kPageTokens); };
-      cache_->backend().decode(config,
-                               {&scheme,
-                                view.basis,
-                                held,
-                                page,
-                                view.sink,
-                                0,
-                                slots(view.k_quantised),
-                                0,
-                                slots(view.v_quantised),
-                                {},
-                                {}},
-                               cache_->rotations(), page_k.data(), page_v.data());
+      decode_page(
+          cache_->backend(), D,
+          {&scheme, view.basis, held, page, view.sink, slots(view.k_quantised), slots(view.v_quantised)},
+          cache_->rotations(), page_k.data(), page_v.data());
     }
     const std::ptrdiff_t in_ring = std::ptrdiff_t{token % view.ring} * D;
     if (token >= view.k_quantised)

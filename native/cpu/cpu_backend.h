@@ -34,8 +34,6 @@ class CpuBackend final : public Backend {
   bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
               const RotationTable& rotations, const std::atomic<bool>* aborted) override;
   void attend_dense(const DenseRequest& request) override;
-  void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k,
-              float* v) override;
 
  private:
   const Kernels& kernels_;

@@ -35,10 +35,6 @@ class RefusingBackend final : public Backend {
     return cpu_.attend(config, requests, rotations, aborted);
   }
   void attend_dense(const DenseRequest& request) override { cpu_.attend_dense(request); }
-  void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k,
-              float* v) override {
-    cpu_.decode(config, page, rotations, k, v);
-  }
 
  private:
   CpuBackend cpu_{1, nullptr};

@@ -56,11 +56,6 @@ class SealedBackend final : public Backend {
     return cpu_.attend(config, requests, rotations, aborted);
   }
   void attend_dense(const DenseRequest& request) override { cpu_.attend_dense(request); }
-  void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k,
-              float* v) override {
-    const Opened opened(*this);
-    cpu_.decode(config, page, rotations, k, v);
-  }
 
   /// Everything may be touched while one of these lives.
   class Opened {
