@@ -21,7 +21,7 @@ export const errorCodes = [
  * - `OUT_OF_MEMORY`: the memory budget of the cache, or the machine's memory, is used up.
  * - `UNSUPPORTED`: nothing is wrong with the request, but this build, machine or format cannot serve it.
  * - `DISPOSED`: use after `dispose()`.
- * - `CORRUPT`: a saved sequence is damaged or cut off.
+ * - `CORRUPT`: a file (a saved sequence, moments, a model) is damaged, cut off or contradicts itself.
  * - `BASIS_MISMATCH`: a saved sequence was made with another calibration.
  * - `ABORTED`: the AbortSignal of the call fired (the promise rejects with the signal's reason).
  * - `QUEUE_FULL`: more than `queueLimit` calls of the backend are under way.

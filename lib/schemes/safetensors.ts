@@ -29,6 +29,20 @@ export interface Safetensors {
   readonly metadata: ReadonlyMap<string, string>;
 }
 
+/** A tensor as the header describes it. */
+export interface TensorEntry {
+  readonly dtype: string;
+  readonly shape: readonly number[];
+  /** First byte and the one after the last, from the end of the header. */
+  readonly begin: number;
+  readonly end: number;
+}
+
+export interface SafetensorsHeader {
+  readonly tensors: ReadonlyMap<string, TensorEntry>;
+  readonly metadata: ReadonlyMap<string, string>;
+}
+
 function corrupt(source: string, problem: string, cause?: unknown): KvError {
   return new KvError('ERR_INNERKV_CORRUPT', `${source} is not a valid safetensors file: ${problem}.`, {
     cause,
@@ -43,39 +57,58 @@ function isCount(value: unknown): value is number {
   return Number.isSafeInteger(value) && (value as number) >= 0;
 }
 
-/** `source` names the file in messages. */
-export function parseSafetensors(file: Uint8Array, source = 'The buffer'): Safetensors {
-  if (file.byteLength < 8) throw corrupt(source, `${file.byteLength} bytes are too few`);
-  const view = new DataView(file.buffer, file.byteOffset, file.byteLength);
-  const headerBytes = view.getBigUint64(0, true);
-  if (headerBytes > BigInt(Math.min(MAX_HEADER, file.byteLength - 8)))
+/** Bytes of the header, from the first eight bytes of a file of `size`. */
+export function safetensorsHeaderBytes(start: Uint8Array, size: number, source: string): number {
+  if (size < 8) throw corrupt(source, `${size} bytes are too few`);
+  const headerBytes = new DataView(start.buffer, start.byteOffset, 8).getBigUint64(0, true);
+  if (headerBytes > BigInt(Math.min(MAX_HEADER, size - 8)))
     throw corrupt(source, `it ends before its header of ${headerBytes} bytes does`);
-  const dataAt = 8 + Number(headerBytes);
-  const data = file.subarray(dataAt);
+  return Number(headerBytes);
+}
 
-  const tensors = new Map<string, TensorInfo>();
+/** The JSON between the length and the data, of a file with `dataBytes` of data. */
+export function parseSafetensorsHeader(
+  json: Uint8Array,
+  dataBytes: number,
+  source: string,
+): SafetensorsHeader {
+  const tensors = new Map<string, TensorEntry>();
   let metadata = new Map<string, string>();
-  const ranges: { name: string; begin: number; end: number }[] = [];
-  for (const [name, entry] of Object.entries(parseHeader(file.subarray(8, dataAt), source))) {
+  for (const [name, entry] of Object.entries(parseHeader(json, source))) {
     if (name === '__metadata__') {
       metadata = parseMetadata(entry, source);
       continue;
     }
-    const { dtype, shape, begin, end } = parseEntry(name, entry, source);
-    if (end > data.byteLength)
-      throw corrupt(source, `tensor "${name}" ends at byte ${end} of ${data.byteLength}: it is truncated`);
-    ranges.push({ name, begin, end });
-    tensors.set(name, { dtype, shape, bytes: data.subarray(begin, end) });
+    const tensor = parseEntry(name, entry, source);
+    if (tensor.end > dataBytes)
+      throw corrupt(source, `tensor "${name}" ends at byte ${tensor.end} of ${dataBytes}: it is truncated`);
+    tensors.set(name, tensor);
   }
 
   let at = 0;
-  for (const { name, begin, end } of ranges.sort((a, b) => a.begin - b.begin || a.end - b.end)) {
+  for (const [name, { begin, end }] of [...tensors].sort(
+    ([, a], [, b]) => a.begin - b.begin || a.end - b.end,
+  )) {
     if (begin !== at)
       throw corrupt(source, `tensor "${name}" ${begin < at ? 'overlaps another' : 'follows a gap'}`);
     at = end;
   }
-  if (at !== data.byteLength) throw corrupt(source, `${data.byteLength - at} bytes belong to no tensor`);
+  if (at !== dataBytes) throw corrupt(source, `${dataBytes - at} bytes belong to no tensor`);
   return { tensors, metadata };
+}
+
+/** `source` names the file in messages. */
+export function parseSafetensors(file: Uint8Array, source = 'The buffer'): Safetensors {
+  const dataAt = 8 + safetensorsHeaderBytes(file, file.byteLength, source);
+  const data = file.subarray(dataAt);
+  const header = parseSafetensorsHeader(file.subarray(8, dataAt), data.byteLength, source);
+  const tensors = new Map(
+    [...header.tensors].map(([name, { dtype, shape, begin, end }]) => [
+      name,
+      { dtype, shape, bytes: data.subarray(begin, end) },
+    ]),
+  );
+  return { tensors, metadata: header.metadata };
 }
 
 function parseHeader(bytes: Uint8Array, source: string): Record<string, unknown> {
@@ -99,7 +132,7 @@ function parseMetadata(entry: unknown, source: string): Map<string, string> {
   );
 }
 
-function parseEntry(name: string, entry: unknown, source: string) {
+function parseEntry(name: string, entry: unknown, source: string): TensorEntry {
   const bad = (problem: string) => corrupt(source, `tensor "${name}" ${problem}`);
   if (!isRecord(entry)) throw bad('has no description');
   const { dtype, shape, data_offsets: offsets } = entry;

@@ -1,0 +1,14 @@
+/** Models on disk: what they are, where their weights lie, how they write text. */
+export { openModel } from './file';
+export type {
+  CanonicalName,
+  LayerTensor,
+  ModelConfig,
+  ModelFile,
+  OpenModelOptions,
+  TensorInfo,
+  TensorType,
+} from './file';
+export type { Architecture } from './config';
+export type { ChatMessage, ChatOptions, ChatTemplate } from './chat';
+export type { DecodeOptions, EncodeOptions, TokenStream, Tokenizer, TokenizerKind } from './tokenizer';
