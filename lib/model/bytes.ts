@@ -116,21 +116,21 @@ export class Cursor {
     return this.number(8, (view, at) => view.getFloat64(at, true));
   }
 
-  /** A uint64 that is at most `most`. */
+  /** A uint64 that is at most `most`, itself at most 2^53. */
   count(what: string, most: number): number {
-    const value = this.u64();
-    if (value > BigInt(most))
-      throw corrupt(this.source.path, `${what} of ${value} cannot be (at most ${most})`);
-    return Number(value);
+    const low = this.u32();
+    const value = low + 2 ** 32 * this.u32();
+    if (value > most) throw corrupt(this.source.path, `${what} of ${value} cannot be (at most ${most})`);
+    return value;
   }
 
   /** UTF-8 of `length` bytes. */
   text(length: number): string {
     if (length > MAX_STRING) throw corrupt(this.source.path, `it has a string of ${length} bytes`);
+    const bytes = this.bytes(length);
     try {
-      return this.decoder.decode(this.bytes(length));
+      return this.decoder.decode(bytes);
     } catch (cause) {
-      if (!(cause instanceof TypeError)) throw cause;
       throw corrupt(this.source.path, `the string before byte ${this.at} is not UTF-8`, cause);
     }
   }

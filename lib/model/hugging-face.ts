@@ -111,7 +111,7 @@ function readShards(folder: string): TensorInfo[] {
   if (!isJson(map)) throw corrupt(indexPath, 'it has no weight_map');
   for (const file of Object.values(map))
     if (typeof file !== 'string' || !/^[\w.-]+\.safetensors$/.test(file))
-      throw corrupt(indexPath, `${quoted(String(file))} is no name of a shard`);
+      throw corrupt(indexPath, `${quoted(file)} is no name of a shard`);
   const files = [...new Set(Object.values(map) as string[])];
   if (files.length > 4096) throw corrupt(indexPath, `it names ${files.length} shards`);
   const tensors = files.flatMap((file) =>
@@ -165,7 +165,7 @@ function huggingFaceConfig(
   if (json.quantization_config !== undefined && json.quantization_config !== null)
     throw unsupported(path, 'its weights are quantised in a way of their own');
   if (json.hidden_act !== undefined && json.hidden_act !== 'silu')
-    throw unsupported(path, `its activation is ${quoted(String(json.hidden_act))}, not silu`);
+    throw unsupported(path, `its activation is ${quoted(json.hidden_act)}, not silu`);
   const layers = required('num_hidden_layers');
   const hidden = required('hidden_size');
   const queryHeads = required('num_attention_heads');
@@ -196,7 +196,7 @@ function huggingFaceConfig(
 function architectureOf(path: string, json: Json): Architecture {
   const type = json.model_type === 'mistral' ? 'llama' : json.model_type;
   if (!isArchitecture(type))
-    throw unsupported(path, `its model_type is ${quoted(String(type))}, not llama, mistral, qwen2 or qwen3`);
+    throw unsupported(path, `its model_type is ${quoted(type)}, not llama, mistral, qwen2 or qwen3`);
   return type;
 }
 
@@ -253,10 +253,7 @@ function huggingFaceRope(path: string, json: Json, headDim: number): RopeOptions
   const field = (name: string) => number(given[name], `rope_scaling.${name}`);
   if (type === 'linear') return { ...plain, scaling: { type, factor: field('factor') } };
   if (type !== 'llama3')
-    throw unsupported(
-      path,
-      `its context is extended by ${quoted(String(type))}; linear and llama3 are known`,
-    );
+    throw unsupported(path, `its context is extended by ${quoted(type)}; linear and llama3 are known`);
   const scaling: RopeScaling = {
     type,
     factor: field('factor'),

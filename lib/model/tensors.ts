@@ -1,4 +1,5 @@
 /** Tensors of a model file: how they are stored, what they are called, and what must be there. */
+import { inspect } from 'node:util';
 import { KvError, type ErrorDetails } from '../errors';
 import { type ModelConfig } from './config';
 
@@ -30,10 +31,12 @@ export interface TensorInfo {
   readonly bytes: number;
 }
 
-const layerTensors = [
-  'attnNorm', 'q', 'k', 'v', 'o', 'qBias', 'kBias', 'vBias', 'qNorm', 'kNorm', 'ffnNorm', 'gate', 'up', 'down',
-] as const; // prettier-ignore
-export type LayerTensor = (typeof layerTensors)[number];
+export type LayerTensor =
+  | 'attnNorm'
+  | ('q' | 'k' | 'v' | 'o')
+  | ('qBias' | 'kBias' | 'vBias')
+  | ('qNorm' | 'kNorm')
+  | ('ffnNorm' | 'gate' | 'up' | 'down');
 
 /** One name per tensor, whatever the file calls it. `head` is absent when it is tied to `embed`. */
 export type CanonicalName = 'embed' | 'norm' | 'head' | `layers.${number}.${LayerTensor}`;
@@ -48,9 +51,10 @@ export function unsupported(path: string, problem: string, details: ErrorDetails
   return new KvError('ERR_INNERKV_UNSUPPORTED', `${path} cannot be used: ${problem}.`, { details });
 }
 
-/** A string from a file, made harmless for messages and terminals. */
-export function quoted(text: string): string {
-  return JSON.stringify(text.length > 80 ? `${text.slice(0, 80)}…` : text);
+/** A value from a file, made harmless for messages and terminals. */
+export function quoted(value: unknown): string {
+  const text = typeof value === 'string' ? JSON.stringify(value) : inspect(value, { depth: 0 });
+  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
 }
 
 export function typeNamed(name: string): TensorType | undefined {

@@ -185,7 +185,7 @@ function modelOf(json: Json, path: string): Json & { readonly vocab: Json } {
   if (!isJson(model)) throw corrupt(path, 'its tokenizer has no model');
   const { type, vocab, merges } = model;
   if (type !== 'BPE' && !(type === undefined && Array.isArray(merges)))
-    throw unsupported(path, `its tokenizer is ${quoted(String(type))}; BPE is known`);
+    throw unsupported(path, `its tokenizer is ${quoted(type)}; BPE is known`);
   if (!isJson(vocab)) throw corrupt(path, 'its vocabulary is no object');
   const pair = (item: unknown) =>
     typeof item === 'string' ||

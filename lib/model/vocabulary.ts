@@ -60,11 +60,10 @@ export function ggufTokenizer(gguf: Gguf): Tokenizer {
   const { path, metadata } = gguf;
   const model = metadata.get('tokenizer.ggml.model');
   if (model === undefined) throw unsupported(path, 'it brings no tokenizer');
-  const tokens = list<string>(gguf, 'tokens', 'string');
+  const tokens = list(gguf, 'tokens', 'string');
   if (!tokens) throw corrupt(path, 'its tokenizer has no tokens');
   const types =
-    list<number>(gguf, 'token_type', 'number', tokens.length) ??
-    new Array<number>(tokens.length).fill(NORMAL);
+    list(gguf, 'token_type', 'number', tokens.length) ?? new Array<number>(tokens.length).fill(NORMAL);
   const vocabulary = { path, tokens, types };
   const given = metadata.get('tokenizer.ggml.bos_token_id');
   const bos = typeof given === 'number' ? given : undefined;
@@ -74,7 +73,7 @@ export function ggufTokenizer(gguf: Gguf): Tokenizer {
     return value;
   };
   if (model === 'llama') {
-    const scores = list<number>(gguf, 'scores', 'number', tokens.length);
+    const scores = list(gguf, 'scores', 'number', tokens.length);
     if (!scores) throw corrupt(path, 'its tokenizer has no scores');
     return sentencePiece(
       { ...vocabulary, scores },
@@ -84,34 +83,36 @@ export function ggufTokenizer(gguf: Gguf): Tokenizer {
     );
   }
   if (model !== 'gpt2')
-    throw unsupported(path, `its tokenizer is ${quoted(String(model))}; gpt2 and llama are known`);
+    throw unsupported(path, `its tokenizer is ${quoted(model)}; gpt2 and llama are known`);
   const name = metadata.get('tokenizer.ggml.pre') ?? 'default';
   const cutting = cuttings.find(({ names }) => names.includes(name as string));
   if (!cutting)
-    throw unsupported(
-      path,
-      `its pre-tokenizer is ${quoted(String(name))}; known are ${preTokenizers.join(', ')}`,
-    );
-  const merges = list<string>(gguf, 'merges', 'string');
+    throw unsupported(path, `its pre-tokenizer is ${quoted(name)}; known are ${preTokenizers.join(', ')}`);
+  const merges = list(gguf, 'merges', 'string');
   if (!merges) throw corrupt(path, 'its tokenizer has no merges');
   return byteLevel(vocabulary, merges, cutting, bos, flag('add_bos_token', cutting.addsBos ?? false));
 }
 
+interface Item {
+  readonly string: string;
+  readonly number: number;
+}
+
 /** An array of the tokenizer's metadata; undefined where there is none. */
-function list<T extends string | number>(
+function list<Name extends keyof Item>(
   { path, metadata }: Gguf,
   name: string,
-  type: 'string' | 'number',
+  type: Name,
   length?: number,
-): readonly T[] | undefined {
+): readonly Item[Name][] | undefined {
   const value = metadata.get(`tokenizer.ggml.${name}`);
   if (value === undefined) return undefined;
   const items: readonly unknown[] | undefined = Array.isArray(value) ? value : undefined;
-  if (!items?.every((item) => typeof item === type))
+  if (!items?.every((item): item is Item[Name] => typeof item === type))
     throw corrupt(path, `tokenizer.ggml.${name} is no list of ${type}s`);
   if (length !== undefined && items.length !== length)
     throw corrupt(path, `tokenizer.ggml.${name} has ${items.length} entries for ${length} tokens`);
-  return items as readonly T[];
+  return items;
 }
 
 function byteLevel(
@@ -180,7 +181,7 @@ function sentencePiece(
   const merges = merged
     .sort(([, a], [, b]) => scores[b]! - scores[a]! || a - b)
     .flatMap(([token]) => {
-      const characters = [...token];
+      const characters = Array.from(token);
       if (characters.length > MAX_PIECE) return [];
       let left = '';
       return characters.slice(1).flatMap((_, i): [string, string][] => {
@@ -288,7 +289,7 @@ export function hubSource(path: string, json: Json, config: Json): TokenizerSour
   const id = name === undefined ? undefined : bos.find((one) => typeof one === 'number');
   const addsBos =
     typeof config.add_bos_token === 'boolean' ? config.add_bos_token : beginsWith(json.post_processor, name);
-  return { path, json, bos: id as number | undefined, addsBos };
+  return { path, json, bos: id, addsBos };
 }
 
 function nested(value: unknown, key: string): unknown {
