@@ -124,15 +124,16 @@ const SAMPLE = 4096;
 function fingerprint(config: ModelConfig, tensors: ReadonlyMap<CanonicalName, TensorInfo>): string {
   const hash = createHash('sha256');
   hash.update(JSON.stringify(config, (_, value: unknown) => (ArrayBuffer.isView(value) ? [value] : value)));
-  const sorted = [...tensors].sort(([a], [b]) => (a < b ? -1 : 1));
-  for (const path of new Set(sorted.map(([, tensor]) => tensor.path)))
+  const samples = new Map<CanonicalName, Uint8Array>();
+  for (const path of new Set([...tensors.values()].map((tensor) => tensor.path)))
     withFile(path, (source) => {
-      for (const [name, tensor] of sorted) {
-        if (tensor.path !== path) continue;
-        const { type, shape, offset, bytes } = tensor;
-        hash.update(JSON.stringify([name, type, shape])).update(source.read(offset, Math.min(SAMPLE, bytes)));
-      }
+      for (const [name, { path: home, offset, bytes }] of tensors)
+        if (home === path) samples.set(name, source.read(offset, Math.min(SAMPLE, bytes)));
     });
+  for (const name of [...tensors.keys()].sort()) {
+    const { type, shape } = tensors.get(name)!;
+    hash.update(JSON.stringify([name, type, shape])).update(samples.get(name)!);
+  }
   return hash.digest('hex');
 }
 
