@@ -15,6 +15,8 @@ export interface Command {
   readonly name: string;
   readonly summary: string;
   readonly options: Readonly<Record<string, Option>>;
+  /** Name of the one argument that is no option, in capitals; its value has this name too. */
+  readonly operand?: string;
   /** More paragraphs for the help. */
   readonly notes?: string;
   /** Resolves to the exit code. */
@@ -44,13 +46,25 @@ export function parseOptions(command: Command, args: readonly string[]): Values 
       { type: value === undefined ? ('boolean' as const) : ('string' as const) },
     ]),
   );
+  const { operand } = command;
   let given: Record<string, unknown>;
+  let operands: readonly string[];
   try {
-    given = parseArgs({ args: [...args], options, strict: true, allowPositionals: false }).values;
+    ({ values: given, positionals: operands } = parseArgs({
+      args: [...args],
+      options,
+      strict: true,
+      allowPositionals: operand !== undefined,
+    }));
   } catch (error) {
     throw new UsageError(error instanceof Error ? error.message.split('. ')[0] : String(error), {
       cause: error,
     });
+  }
+  if (operand !== undefined && !given.help) {
+    if (operands.length !== 1 || operands[0] === '')
+      throw new UsageError(`${operand} must be given once, not ${operands.length} times`);
+    given[operand] = operands[0];
   }
   const defaults = Object.entries(allOptions(command)).map(
     ([name, option]) => [name, option.default] as const,
@@ -89,5 +103,6 @@ export function helpOf(command: Command): string {
     return `  ${left(entry).padEnd(width)}  ${entry[1].help}${usual}`;
   });
   const notes = command.notes === undefined ? '' : `\n\n${command.notes}`;
-  return `innerkv ${command.name}: ${command.summary}\n\n${lines.join('\n')}${notes}`;
+  const operand = command.operand === undefined ? '' : ` ${command.operand}`;
+  return `innerkv ${command.name}${operand}: ${command.summary}\n\n${lines.join('\n')}${notes}`;
 }

@@ -6,9 +6,10 @@ import { EXIT, UsageError, helpOf, parseOptions, type Command } from './command'
 import { demo } from './demo';
 import { doctor } from './doctor';
 import { estimate } from './estimate';
+import { inspect } from './inspect';
 import { version } from './version';
 
-const commands: readonly Command[] = [doctor, estimate, demo];
+const commands: readonly Command[] = [doctor, estimate, inspect, demo];
 
 function overview(): string {
   const width = Math.max(...commands.map(({ name }) => name.length));
