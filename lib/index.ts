@@ -12,3 +12,4 @@ export type { CudaProbe, SupportedSpec } from './binding';
 export type { TensorInput } from './tensor';
 export type { AbortOptions } from './abort';
 export * from './schemes';
+export * from './model';

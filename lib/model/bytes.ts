@@ -57,7 +57,7 @@ const WINDOW = 1 << 16;
 /** Longer strings are not believed: the longest real ones are chat templates of some 10 KiB. */
 const MAX_STRING = 1 << 24;
 /** Nor are longer headers: the longest real ones, of 2^18 tokens, have some 20 MiB. */
-const MAX_HEADER = 1 << 28;
+const MAX_HEADER = 1 << 27;
 
 /** Little-endian numbers and strings one after the other. Reading past the end is a KvError. */
 export class Cursor {

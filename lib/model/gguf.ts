@@ -20,7 +20,9 @@ export interface Gguf {
 export const MAGIC = 0x46554747; // "GGUF"
 const MAX_TENSORS = 1 << 17;
 const MAX_METADATA = 1 << 16;
-const MAX_ELEMENTS = 1 << 22; // the largest vocabularies have 2^18 tokens and about as many merges
+/** Of one list, and of all: the largest vocabularies have 2^18 tokens and about twice as many merges. */
+const MAX_LIST = 1 << 21;
+const MAX_ELEMENTS = 1 << 23;
 const MAX_ALIGNMENT = 1 << 16;
 const DEFAULT_ALIGNMENT = 32;
 
@@ -66,13 +68,15 @@ function readString(cursor: Cursor): string {
   return cursor.text(cursor.count('a string length', Math.max(0, cursor.left - 8)));
 }
 
-function readValue(cursor: Cursor, path: string): GgufValue {
+/** `budget` is what is left of MAX_ELEMENTS. */
+function readValue(cursor: Cursor, path: string, budget: { left: number }): GgufValue {
   const type = cursor.u32();
   if (type !== ARRAY) return scalar(type, path).read(cursor, path);
   const itemType = cursor.u32();
   if (itemType === ARRAY) throw unsupported(path, 'its metadata have arrays of arrays');
   const item = scalar(itemType, path);
-  const count = cursor.count('an array', MAX_ELEMENTS);
+  const count = cursor.count('an array', Math.min(MAX_LIST, budget.left));
+  budget.left -= count;
   if (count * item.bytes > cursor.left) throw corrupt(path, `an array of ${count} ends behind the file`);
   // Grown as it is read: the length is only a claim until then.
   const values: GgufScalar[] = [];
@@ -101,10 +105,11 @@ export function parseGguf(source: Source): Gguf {
   const metadataCount = cursor.count('a count of metadata', MAX_METADATA);
 
   const metadata = new Map<string, GgufValue>();
+  const budget = { left: MAX_ELEMENTS };
   for (let i = 0; i < metadataCount; i++) {
     const key = readString(cursor);
     if (metadata.has(key)) throw corrupt(path, `its metadata have ${quoted(key)} twice`);
-    metadata.set(key, readValue(cursor, path));
+    metadata.set(key, readValue(cursor, path, budget));
   }
   const alignment = metadata.get('general.alignment') ?? DEFAULT_ALIGNMENT;
   if (

@@ -51,7 +51,7 @@ function canonical(name: string): CanonicalName | null | undefined {
 }
 
 export type Json = Readonly<Record<string, unknown>>;
-const MAX_JSON = 1 << 28; // the tokenizers of the largest vocabularies have some 30 MB
+const MAX_TEXT = 1 << 26; // tokenizer.json of the largest vocabularies has some 33 MB
 
 /** A file of one JSON object; undefined where there is none. */
 export function readJson(path: string): Json | undefined {
@@ -74,7 +74,7 @@ export function readText(path: string): string | undefined {
     const stat = statSync(path, { throwIfNoEntry: false });
     if (!stat) return undefined;
     if (!stat.isFile()) throw new Error('it is not a file');
-    if (stat.size > MAX_JSON) throw new Error(`it is larger than ${MAX_JSON} bytes`);
+    if (stat.size > MAX_TEXT) throw new Error(`it is larger than ${MAX_TEXT} bytes`);
     bytes = readFileSync(path);
   } catch (cause) {
     throw unreadable(path, cause);

@@ -62,7 +62,9 @@ export interface TokenizerSource {
 }
 
 /** Ids beyond this are not believed. */
-export const MAX_TOKENS = 1 << 22;
+export const MAX_TOKENS = 1 << 20;
+/** Characters of all added tokens: the package spends an object on each. */
+const MAX_ADDED = 1 << 20;
 /** A token that no vocabulary has: the package drops characters that it cannot write, unless it has a name for them. */
 const MISSING = '\0missing';
 
@@ -169,12 +171,18 @@ class JsonTokenizer implements Tokenizer {
 /** What the package gets: nothing that adds tokens, no silent loss, and control tokens only if they may be found. */
 function encoderJson({ json, path }: TokenizerSource, special: boolean): Json {
   const model = modelOf(json, path);
+  const added = addedTokens(json, path);
+  // A control token must not come out of a text by any merge or match either.
+  const hidden = new Set(special ? [] : added.filter((token) => token.special).map(({ content }) => content));
+  const vocab = Object.entries(model.vocab).filter(
+    ([token]) => !hidden.has(token) || token === model.unk_token,
+  );
   return {
     normalizer: null,
     pre_tokenizer: null,
     ...json,
-    model: { ...model, unk_token: model.unk_token ?? MISSING },
-    added_tokens: addedTokens(json, path).filter((token) => special || !token.special),
+    model: { ...model, vocab: Object.fromEntries(vocab), unk_token: model.unk_token ?? MISSING },
+    added_tokens: added.filter((token) => special || !token.special),
     post_processor: null,
     decoder: null,
   };
@@ -187,6 +195,8 @@ function modelOf(json: Json, path: string): Json & { readonly vocab: Json } {
   if (type !== 'BPE' && !(type === undefined && Array.isArray(merges)))
     throw unsupported(path, `its tokenizer is ${quoted(type)}; BPE is known`);
   if (!isJson(vocab)) throw corrupt(path, 'its vocabulary is no object');
+  const size = Object.keys(vocab).length;
+  if (size > MAX_TOKENS) throw corrupt(path, `its vocabulary has ${size} tokens`);
   const pair = (item: unknown) =>
     typeof item === 'string' ||
     (Array.isArray(item) && item.length === 2 && item.every((part) => typeof part === 'string'));
@@ -208,6 +218,8 @@ function addedTokens(json: Json, path: string): readonly AddedToken[] {
     token.content !== '' &&
     typeof token.special === 'boolean';
   if (!Array.isArray(added) || !added.every(valid)) throw corrupt(path, 'its added tokens are not described');
+  if (added.reduce((sum, { content }) => sum + content.length, 0) > MAX_ADDED)
+    throw corrupt(path, 'its added tokens are too many or too long');
   return added;
 }
 

@@ -160,8 +160,8 @@ function byteLevel(
 
 /** SentencePiece's marker of a space. */
 const SPACE = '\u2581';
-/** Longer pieces are never the result of a merge: real ones have at most some dozens of characters. */
-const MAX_PIECE = 512;
+/** Bounds the search for merges: the squared lengths of all pieces. Those of the largest vocabularies come to 2^25. */
+const MAX_WORK = 2 ** 28;
 
 /**
  * A SentencePiece vocabulary merges, of all neighbours that make a piece, those whose piece has the highest score, the
@@ -177,12 +177,13 @@ function sentencePiece(
   if (!scores.every(Number.isFinite)) throw corrupt(path, 'its scores are not all finite');
   const sorted = sortTokens(vocabulary, (type) => type === NORMAL || type === BYTE);
   const merged = [...sorted.ids].filter(([, id]) => types[id] === NORMAL);
+  if (merged.reduce((sum, [token]) => sum + token.length ** 2, 0) > MAX_WORK)
+    throw corrupt(path, 'its pieces are too long');
   const mergeable = new Set(merged.map(([token]) => token));
   const merges = merged
     .sort(([, a], [, b]) => scores[b]! - scores[a]! || a - b)
     .flatMap(([token]) => {
       const characters = Array.from(token);
-      if (characters.length > MAX_PIECE) return [];
       let left = '';
       return characters.slice(1).flatMap((_, i): [string, string][] => {
         left += characters[i]!;

@@ -299,6 +299,22 @@ describe('what is wrong', () => {
     expect(() => parseGguf(memorySource(bytes))).toThrow(error);
   }); // prettier-ignore
 
+  test('lists that would fill the memory together', () => {
+    const list = (key: string) => [
+      ...u64(1),
+      ...new TextEncoder().encode(key),
+      ...u32(9),
+      ...u32(0),
+      ...u64(2 ** 21),
+    ];
+    const parts = ['a', 'b', 'c', 'd', 'e'].flatMap((key) => [
+      Uint8Array.from(list(key)),
+      new Uint8Array(2 ** 21),
+    ]);
+    const file = Buffer.concat([writeGguf({ metadataCount: 5 }).subarray(0, 24), ...parts]);
+    expect(() => parseGguf(memorySource(file))).toThrow(corrupt('an array of 2097152 cannot be (at most 0)'));
+  });
+
   test('cut off at every length', () => {
     const metadata: Entry[] = [...tinyMetadata, ['words', ['string'], ['a', 'bc', '']]];
     const bytes = writeGguf({ metadata, tensors: tinyTensors().slice(0, 4) });

@@ -146,6 +146,7 @@ describe('byte-level', () => {
     ['a merge of one part', [['tokenizer.ggml.merges', ['string'], ['he']]], corrupt('"he" makes no token')],
     ['a merge to nothing', [['tokenizer.ggml.merges', ['string'], ['q q']]], corrupt('"q q" makes no token')],
     ['a BOS outside', [['tokenizer.ggml.bos_token_id', 'u32', 9999]], corrupt('BOS 9999')],
+    ['a user-defined token of a megabyte', [['tokenizer.ggml.tokens', ['string'], ['x'.repeat(2 ** 20 + 1)]], ['tokenizer.ggml.token_type', ['i32'], [4]], ['tokenizer.ggml.merges', ['string'], []]], corrupt('too long')],
     ['a flag that is no truth value', [['tokenizer.ggml.add_bos_token', 'u32', 1]], corrupt('no truth value')],
   ]; // prettier-ignore
   test.each(cases)('refused: %s', (_, changes, error) => expect(() => tiny(...changes)).toThrow(error));
@@ -243,6 +244,7 @@ describe('SentencePiece', () => {
   test.each<[string, Entry[], Error]>([
     ['no scores', without('scores'), corrupt('no scores')],
     ['scores of others', [...without('scores'), ['tokenizer.ggml.scores', ['f32'], [0]]], corrupt('1 entries')],
+    ['a piece that would take for ever', [...without('tokens'), ['tokenizer.ggml.tokens', ['string'], tokens.with(300, 'a'.repeat(20000))]], corrupt('too long')],
     ['a score NaN', [...without('scores'), ['tokenizer.ggml.scores', ['f32'], scores.with(300, NaN)]], corrupt('finite')],
   ])('refused: %s', (_, entries, error) => expect(() => fromGguf(entries)).toThrow(error)); // prettier-ignore
 
@@ -302,6 +304,16 @@ describe('tokenizer.json', () => {
     });
     expect(make({ post_processor: null }).addsBos).toBe(false);
     expect(make({}, {})).toMatchObject({ bos: undefined, addsBos: false });
+  });
+
+  test('control tokens that the vocabulary knows too do not come out of plain texts', () => {
+    const model = { ...json.model, vocab: { ...vocab, '<|im_end|>': 2 }, ignore_merges: true };
+    const whole = make({
+      model,
+      pre_tokenizer: { type: 'ByteLevel', add_prefix_space: false, use_regex: false },
+    });
+    expect([...whole.encode('<|im_end|>', { bos: false })]).toHaveLength(10);
+    expect([...whole.encode('<|im_end|>', { bos: false, special: true })]).toEqual([2]);
   });
 
   test('merges as pairs, missing parts, Metaspace decoders', () => {
