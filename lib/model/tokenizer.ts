@@ -132,7 +132,7 @@ class JsonTokenizer implements Tokenizer {
       push: (id) => {
         const piece = this.piece(id);
         if (!piece || (piece.special && !special)) return '';
-        const from = strip && !piece.special && piece.bytes[0] === 0x20 ? 1 : 0;
+        const from = strip && piece.bytes[0] === 0x20 ? 1 : 0;
         strip = false;
         return decoder.decode(piece.bytes.subarray(from), { stream: true });
       },
