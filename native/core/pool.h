@@ -1,7 +1,7 @@
 // Memory of a cache: fixed-size slots, taken and given back in O(1), never more bytes than the budget.
 //
-// Slots of one size form a class. Memory is got from the backend in slabs of several slots and a slab goes
-// back when its last slot does, so that classes of different layers can share one budget.
+// Slots of one size form a class. Memory is got from the backend in slabs of several slots; an idle slab
+// goes back when another class needs its room, so that classes of different layers can share one budget.
 #pragma once
 
 #include <cstddef>

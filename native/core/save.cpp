@@ -2,7 +2,9 @@
 #include "save.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -17,6 +19,7 @@ namespace {
 
 constexpr char kMagic[] = "INKVSEQ1", kEndMagic[] = "INKVEND1";
 constexpr std::size_t kPrefix = 16, kChunkHead = 16, kEndBytes = 16, kCrc = 4;
+constexpr float kMaxHalf = 65504.0f;
 
 std::size_t at(int i) { return static_cast<std::size_t>(i); }
 
@@ -42,6 +45,7 @@ class Out {
     put(crc32c(data_.data(), data_.size()));
     return std::move(data_);
   }
+  const std::vector<std::uint8_t>& data() const { return data_; }
 
  private:
   std::vector<std::uint8_t> data_;
@@ -67,11 +71,10 @@ class In {
     for (std::size_t i = 0; i < count; ++i)
       intact(half_is_finite(to[i]), "a window holds a number that is not finite");
   }
-  std::vector<float> floats(std::size_t count, bool positive) {
+  std::vector<float> floats(std::size_t count, float low, float high) {
     std::vector<float> values(count);
     bytes(values.data(), sizeof(float) * count);
-    for (const float value : values)
-      intact(std::isfinite(value) && (!positive || value > 0), "a statistic is out of range");
+    for (const float value : values) intact(value >= low && value <= high, "a statistic is out of range");
     return values;
   }
   bool empty() const { return size_ == 0; }
@@ -122,6 +125,35 @@ int check_tensor(const TensorLayout& tensor, const std::uint8_t* base, int slots
   return zeros;
 }
 
+/// Zero bits from slot `slots` on: what truncation left there is nobody's business.
+void clear_unused(const TensorLayout& tensor, std::uint8_t* base, int slots) {
+  for (int slot = slots; slot < kPageTokens; ++slot) {
+    if (tensor.spec.raw()) {
+      std::memset(base + 2 * at(slot * tensor.head_dim), 0, 2 * at(tensor.head_dim));
+      continue;
+    }
+    for (int c = 0; c < tensor.head_dim; ++c)
+      put_code(base, tensor.codes(), tensor.value ? c : slot, tensor.value ? slot : c, 0);
+    if (slot % tensor.spec.flush_tokens() > 0) continue;
+    for (int g = 0; g < tensor.groups(); ++g) {
+      const std::size_t index = 2 * at(tensor.scale_index(slot, g));
+      std::memset(base + tensor.scales_at() + index, 0, 2);
+      if (tensor.spec.dense_zeros()) std::memset(base + tensor.zeros_at() + index, 0, 2);
+    }
+  }
+}
+
+void clear_unused(const PageLayout& layout, std::uint8_t* page, int k_slots, int v_slots) {
+  clear_unused(layout.k, page + layout.k_at(), k_slots);
+  clear_unused(layout.v, page + layout.v_at(), v_slots);
+}
+
+/// The bits of removed[half] that belong to the first `slots` slots.
+std::uint64_t slot_mask(int half, int slots) {
+  const int bits = std::clamp(slots - 64 * half, 0, 64);
+  return bits == 0 ? 0 : ~std::uint64_t{0} >> (64 - bits);
+}
+
 }  // namespace
 
 int SequenceWriter::pieces() const {
@@ -150,13 +182,11 @@ std::vector<std::uint8_t> SequenceWriter::header() const {
     for (const int number :
          {state.tokens, state.reach.sink, state.reach.k, state.reach.v, state.online ? 1 : 0})
       body.put(static_cast<std::int32_t>(number));
-  std::vector<std::uint8_t> bytes = body.sealed();
-  bytes.resize(bytes.size() - kCrc);
   Out out;
   out.bytes(kMagic, 8);
   out.put(kSaveVersion);
-  out.put(static_cast<std::uint32_t>(bytes.size()));
-  out.bytes(bytes.data(), bytes.size());
+  out.put(static_cast<std::uint32_t>(body.data().size()));
+  out.bytes(body.data().data(), body.data().size());
   return out.sealed();
 }
 
@@ -194,9 +224,10 @@ std::vector<std::uint8_t> SequenceWriter::chunk(int layer, int head) const {
     const Page* page = state.pages[at(head)][at(i)].get();
     body.put(static_cast<std::uint8_t>(page != nullptr));
     if (!page) continue;
-    body.put(page->removed[0]);
-    body.put(page->removed[1]);
-    const std::vector<std::uint8_t> stored = copy(page->bytes.data(), layout.bytes());
+    const int k_slots = slots_of(state.reach.k, i), v_slots = slots_of(state.reach.v, i);
+    for (int half = 0; half < 2; ++half) body.put(page->removed[half] & slot_mask(half, k_slots));
+    std::vector<std::uint8_t> stored = copy(page->bytes.data(), layout.bytes());
+    clear_unused(layout, stored.data(), k_slots, v_slots);
     body.bytes(stored.data(), stored.size());
     const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base,
                            const std::vector<Slot>& extents, int slots) {
@@ -204,23 +235,22 @@ std::vector<std::uint8_t> SequenceWriter::chunk(int layer, int head) const {
       for (int z = 0; z < count; z += kZeroExtent)
         device(extents[at(z / kZeroExtent)].data(), 2 * at(std::min(count - z, kZeroExtent)));
     };
-    zeros(layout.k, stored.data() + layout.k_at(), page->k_zeros, slots_of(state.reach.k, i));
-    zeros(layout.v, stored.data() + layout.v_at(), page->v_zeros, slots_of(state.reach.v, i));
+    zeros(layout.k, stored.data() + layout.k_at(), page->k_zeros, k_slots);
+    zeros(layout.v, stored.data() + layout.v_at(), page->v_zeros, v_slots);
   }
-  std::vector<std::uint8_t> bytes = body.sealed();
-  bytes.resize(bytes.size() - kCrc);
   Out out;
   out.put(static_cast<std::uint32_t>(layer));
   out.put(static_cast<std::uint32_t>(head));
-  out.put(static_cast<std::uint64_t>(bytes.size()));
-  out.bytes(bytes.data(), bytes.size());
+  out.put(static_cast<std::uint64_t>(body.data().size()));
+  out.bytes(body.data().data(), body.data().size());
   return out.sealed();
 }
 
 SequenceReader::SequenceReader(std::shared_ptr<Cache> cache)
     : cache_(std::move(cache)), sequence_(cache_->sequence()), online_(at(cache_->config().layers)) {}
 
-void SequenceReader::feed(const std::uint8_t* data, std::size_t size) {
+void SequenceReader::feed(const std::uint8_t* data, std::size_t size) try {
+  intact(stage_ != Stage::kFailed, "an earlier part was refused");
   intact(stage_ != Stage::kDone || size == 0, "there is something after its end");
   pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(used_));
   used_ = 0;
@@ -228,6 +258,10 @@ void SequenceReader::feed(const std::uint8_t* data, std::size_t size) {
   while (step()) {
   }
   intact(stage_ != Stage::kDone || used_ == pending_.size(), "there is something after its end");
+} catch (...) {  // gives back at once what half a sequence holds
+  stage_ = Stage::kFailed;
+  sequence_.reset();
+  throw;
 }
 
 std::unique_ptr<Sequence> SequenceReader::finish() {
@@ -244,6 +278,7 @@ bool SequenceReader::step() {
     case Stage::kEnd:
       return read_end();
     case Stage::kDone:
+    case Stage::kFailed:
       break;
   }
   return false;
@@ -252,6 +287,7 @@ bool SequenceReader::step() {
 bool SequenceReader::read_header() {
   const std::uint8_t* data = pending_.data() + used_;
   const std::size_t size = pending_.size() - used_;
+  if (size == 0) return false;
   const std::size_t known = std::min<std::size_t>(size, 8);
   intact(std::memcmp(data, kMagic, known) == 0, "it does not begin with the mark of a saved sequence");
   if (size < kPrefix) return false;
@@ -295,12 +331,17 @@ void SequenceReader::parse_layers(const std::uint8_t* data, std::size_t size) {
               v = in.get<std::int32_t>(), online = in.get<std::int32_t>();
     intact(tokens >= 0 && tokens <= (1 << 30) && sink >= 0 && sink <= scheme.sink,
            "its counts are out of range");
-    intact(sink == scheme.sink || (scheme.released_windows && sink <= tokens) || (tokens == 0 && sink == 0),
+    intact(tokens == 0               ? sink == 0
+           : scheme.released_windows ? sink <= tokens
+                                     : sink == scheme.sink,
            "its sink window does not fit");
     const int body = std::max(0, tokens - sink), ring = scheme.ring_tokens();
     intact(k >= 0 && v >= 0 && k <= body && v <= body && body - k <= ring && body - v <= ring,
            "its windows do not fit");
-    intact(k % scheme.k.flush_tokens() == 0 && v % scheme.v.flush_tokens() == 0, "its groups are not whole");
+    const int flush = scheme.v.flush_tokens();
+    intact(v % flush == 0, "its groups are not whole");
+    intact(scheme.released_windows ? std::abs(k - v) < flush : v == k / flush * flush,
+           "its keys and values do not fit");
     intact(online == (scheme.online() && (k > 0 || v > 0) ? 1 : 0), "its statistics are missing or unwanted");
     state.tokens = tokens;
     state.reach = {sink, k, v};
@@ -308,15 +349,16 @@ void SequenceReader::parse_layers(const std::uint8_t* data, std::size_t size) {
   }
 }
 
-/// No honest chunk of this layer is longer.
-std::size_t SequenceReader::chunk_limit(int layer) const {
+/// No honest chunk of this layer is longer, nor one whose pages the budget can hold.
+SequenceReader::Limits SequenceReader::chunk_limits(int layer) const {
   const CacheConfig& config = cache_->config();
   const LayerState& state = sequence_->layers_[at(layer)];
   const PageLayout layout(config.scheme(layer).k, config.scheme(layer).v, config.head_dim);
   const std::size_t page = 17 + layout.bytes() + std::size_t{2} * at(layout.k.scales() + layout.v.scales());
-  return std::size_t{16} * at(config.head_dim) *
-             (at(state.reach.sink) + at(config.scheme(layer).ring_tokens()) + 1) +
-         page * at(pages_of(state));
+  const std::size_t windows = std::size_t{16} * at(config.head_dim) *
+                              (at(state.reach.sink) + at(config.scheme(layer).ring_tokens()) + 1),
+                    pages = at(pages_of(state)), budget = config.budget_bytes;
+  return {windows + page * pages, windows + pages + budget + 16 * (budget / layout.bytes())};
 }
 
 bool SequenceReader::read_chunk() {
@@ -329,7 +371,12 @@ bool SequenceReader::read_chunk() {
              peek<std::uint32_t>(data + 4) == static_cast<std::uint32_t>(head),
          "its parts are out of order");
   const auto body = peek<std::uint64_t>(data + 8);
-  intact(body <= chunk_limit(layer), "a part is too long");
+  const Limits limits = chunk_limits(layer);
+  intact(body <= limits.honest, "a part is too long");
+  if (body > limits.affordable)
+    throw Error(ErrorCode::kOutOfMemory, "The saved sequence does not fit the cache's memory budget of " +
+                                             std::to_string(config.budget_bytes) +
+                                             " bytes. Create the cache with more memory.");
   if (size < kChunkHead + body + kCrc) return false;
   intact(crc32c(data, kChunkHead + body) == peek<std::uint32_t>(data + kChunkHead + body),
          "the checksum of a part is wrong");
@@ -365,12 +412,9 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
   ring(w.ring_v, state.reach.v, ring_v(state));
   if (scheme.online() && (state.reach.k > 0 || state.reach.v > 0)) {
     Basis basis;
-    if (scheme.online_mean) basis.mean = in.floats(D, false);
-    if (scheme.online_lambda) basis.lam = in.floats(D, true);
-    for (const float lam : basis.lam) {
-      basis.inv_lam.push_back(1.0f / lam);
-      intact(std::isfinite(basis.inv_lam.back()), "a statistic is out of range");
-    }
+    if (scheme.online_mean) basis.mean = in.floats(D, -kMaxHalf, kMaxHalf);
+    if (scheme.online_lambda) basis.lam = in.floats(D, 0x1p-10f, std::sqrt(kMaxHalf));
+    for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
     auto& bases = online_[at(layer)];
     bases.push_back(std::move(basis));
     if (head == config.kv_heads - 1)
@@ -385,20 +429,25 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
     auto& table = state.pages[at(head)];
     table.push_back(nullptr);
     if (!present) {
-      state.removed += at(std::min(k_slots, v_slots));
+      state.removed += at(k_slots);
       continue;
     }
     auto page = std::make_shared<Page>();
     page->bytes = cache_->pool().take(layout.bytes());
     page->removed[0] = in.get<std::uint64_t>();
     page->removed[1] = in.get<std::uint64_t>();
-    for (int slot = 0; slot < kPageTokens; ++slot)
-      if (page->is_removed(slot)) {
-        intact(removable, "a token is marked removed where none can be");
-        state.removed += slot < std::min(k_slots, v_slots);
-      }
+    for (int half = 0; half < 2; ++half) {
+      intact((page->removed[half] & ~(removable ? slot_mask(half, k_slots) : 0)) == 0,
+             "a token is marked removed where none can be");
+      state.removed += at(std::popcount(page->removed[half]));
+    }
     std::vector<std::uint8_t> stored(layout.bytes());
     in.bytes(stored.data(), stored.size());
+    if (std::min(k_slots, v_slots) < kPageTokens) {
+      std::vector<std::uint8_t> cleared = stored;
+      clear_unused(layout, cleared.data(), k_slots, v_slots);
+      intact(cleared == stored, "a slot without a token is not empty");
+    }
     cache_->backend().copy_memory(page->bytes.data(), stored.data(), stored.size());
     const auto zeros = [&](const TensorLayout& tensor, const std::uint8_t* base, std::vector<Slot>& extents,
                            int slots) {

@@ -34,8 +34,9 @@ class SequenceWriter {
   int piece_ = 0;
 };
 
-/// Takes the stream in pieces of any size. Throws Error{kCorrupt}, {kBasisMismatch}, {kInvalidArgument} (a
-/// file of another cache) or {kOutOfMemory}; after an error the reader is of no further use.
+/// Takes the stream in pieces of any size and buffers one (layer, KV head) of it at most. Throws
+/// Error{kCorrupt}, {kBasisMismatch}, {kInvalidArgument} (a file of another cache) or {kOutOfMemory}; after
+/// an error the reader holds nothing and accepts nothing.
 class SequenceReader {
  public:
   explicit SequenceReader(std::shared_ptr<Cache> cache);
@@ -50,14 +51,17 @@ class SequenceReader {
   bool read_end();
   void parse_layers(const std::uint8_t* data, std::size_t size);
   void parse_chunk(int layer, int head, const std::uint8_t* data, std::size_t size);
-  std::size_t chunk_limit(int layer) const;
+  struct Limits {
+    std::size_t honest, affordable;
+  };
+  Limits chunk_limits(int layer) const;
 
   std::shared_ptr<Cache> cache_;
   std::unique_ptr<Sequence> sequence_;
   std::vector<std::vector<Basis>> online_;  // [layers]
   std::vector<std::uint8_t> pending_;
   std::size_t used_ = 0;
-  enum class Stage { kHeader, kChunks, kEnd, kDone } stage_ = Stage::kHeader;
+  enum class Stage { kHeader, kChunks, kEnd, kDone, kFailed } stage_ = Stage::kHeader;
   int chunk_ = 0;
 };
 
