@@ -5,6 +5,7 @@
 // An argument runs only the tests whose sentence contains it.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -16,7 +17,7 @@
 
 namespace check {
 
-inline int passed = 0, failed = 0;
+inline std::atomic<int> passed{0}, failed{0};
 
 inline void that(bool condition, const char* what, const char* file, int line,
                  const std::string& detail = "") {
@@ -28,7 +29,7 @@ inline void that(bool condition, const char* what, const char* file, int line,
 }
 
 inline int report(const char* name) {
-  std::printf("%s: %d passed, %d failed\n", name, passed, failed);
+  std::printf("%s: %d passed, %d failed\n", name, passed.load(), failed.load());
   return failed > 0 || passed == 0 ? 1 : 0;
 }
 
