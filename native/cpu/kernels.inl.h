@@ -135,6 +135,19 @@ float split(const float* x, int count, std::int8_t* hi, std::int8_t* lo, std::in
   return largest / 32639.0f;
 }
 
+// ---- lanes by number ----
+
+/// Lane l of the result is lane index[l] of a, and from kLanes on of b.
+inline Vec shuffled(Vec a, Vec b, Ints index) {
+#if defined(__clang__)  // shuffles by constant lists only, and sees through the loop
+  Vec result{};
+  for (int l = 0; l < kLanes; ++l) result[l] = index[l] < kLanes ? a[index[l]] : b[index[l] - kLanes];
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // ---- Hadamard and rotation: bit for bit the butterflies and products of docs/format.md ----
 
 template <int kDistance>
@@ -144,7 +157,7 @@ inline Vec butterfly(Vec x) {
     partner[l] = l ^ kDistance;
     negate[l] = l & kDistance ? static_cast<std::int32_t>(0x80000000u) : 0;
   }
-  return __builtin_shuffle(x, partner) + (Vec)((Ints)x ^ negate);  // a + b, and a + (-b) = a - b
+  return shuffled(x, x, partner) + (Vec)((Ints)x ^ negate);  // a + b, and a + (-b) = a - b
 }
 
 template <int kSize>
@@ -195,7 +208,7 @@ void rotate(float* x, int head_dim, const float* cos, const float* sin, int pair
   for (int l = 0; l < kLanes; ++l) partner[l] = l ^ 1;
   for (int i = 0; i < head_dim; i += kLanes) {
     const Vec a = load(old + i);
-    store(x + i, a * load(cos + i) + __builtin_shuffle(a, partner) * load(sin + i));
+    store(x + i, a * load(cos + i) + shuffled(a, a, partner) * load(sin + i));
   }
   // Channels beyond the rotary dimensions stay, to the sign of a zero.
   __builtin_memcpy(x + 2 * pairs, old + 2 * pairs,
@@ -310,7 +323,7 @@ inline Vec fold(Vec a, Vec b) {
     low[l] = in_block < half ? l : kLanes + base + in_block - half;
     high[l] = in_block < half ? l + half : kLanes + l;
   }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  return shuffled(a, b, low) + shuffled(a, b, high);
 }
 
 template <int kBlock = kLanes>
