@@ -36,6 +36,10 @@ class CountingBackend final : public Backend {
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
     cpu_.copy_memory(to, from, bytes);
   }
+  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
+    return cpu_.stage(place, numbers, count);
+  }
+  void copy_rows(std::span<const RowCopy> copies, int row) override { cpu_.copy_rows(copies, row); }
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override {
     cpu_.quantise(config, jobs, rotations);
@@ -45,10 +49,6 @@ class CountingBackend final : public Backend {
     return cpu_.attend(config, requests, rotations, aborted);
   }
   void attend_dense(const DenseRequest& request) override { cpu_.attend_dense(request); }
-  void decode(const CacheConfig& config, const QuantiseJob& page, const RotationTable& rotations, float* k,
-              float* v) override {
-    cpu_.decode(config, page, rotations, k, v);
-  }
 
  private:
   CpuBackend cpu_{2, nullptr};

@@ -2,6 +2,7 @@
 // outlier rows of any content are read inside their sections, alike by every instruction set. Input: eight
 // bytes that pick specs, head size and counts, then the content, repeated as often as it takes.
 #include "../support.h"
+#include "core/decode.h"
 #include "format/outliers.h"
 #include "fuzz.h"
 
@@ -197,13 +198,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   for (const auto* backend = backends(); *backend; ++backend) {
     std::vector<float> k(at(kPageTokens * D)), v(k.size()), out(q.size()),
         lse(at(q_tokens * config.query_heads));
-    (*backend)->decode(config, {view.scheme, nullptr, page.get(), 0, 0, 0, k_slots, 0, v_slots}, rotations,
-                       k.data(), v.data());
+    decode_page(**backend, D, {view.scheme, nullptr, page.get(), 0, 0, k_slots, v_slots}, rotations, k.data(),
+                v.data());
     if (first_k.empty()) {
       first_k = k;
       first_v = v;
     }
-    always(same_bits(k, first_k) && same_bits(v, first_v), "every instruction set decodes the same bits");
+    always(same_bits(k, first_k) && same_bits(v, first_v), "every backend decodes the same bits");
     AttendRequest request;
     request.heads = std::span(&view, 1);
     request.q = q.data();
