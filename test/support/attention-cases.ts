@@ -89,7 +89,20 @@ export function checkFamily(name: string): { wrong: string[]; cases: number; wid
   return { wrong, cases: mine.length, widest: most };
 }
 
-function checkCase(one: AttentionCase, growing: Growing, seed: number): { found: string[]; share: number } {
+/** One case of schemes that are in no family. */
+export function checkScheme(
+  heads: Treatment['heads'],
+  one: Omit<AttentionCase, 'family'>,
+  seed: number,
+): { found: string[]; share: number } {
+  return checkCase(one, new Growing({ name: '', heads }, one.headDim, one.tokens), seed);
+}
+
+function checkCase(
+  one: Omit<AttentionCase, 'family'>,
+  growing: Growing,
+  seed: number,
+): { found: string[]; share: number } {
   const { headDim, tokens, group, mask } = one;
   const random = new Random(1000 * seed + tokens);
   const heads = growing.grow(tokens);
