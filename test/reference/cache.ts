@@ -83,8 +83,7 @@ export class ReferenceHead {
         token.value.kind === 'block' && cut.has(token.value.block) ? this.returned(token) : token,
       );
     this.length = length;
-    if (!this.tokens.some(({ key, value }) => key.kind !== 'window' || value.kind !== 'window'))
-      this.statistics = undefined;
+    if (length <= this.scheme.sink) this.statistics = undefined; // no quantised position is left, removed ones included
   }
 
   /** Overwrites one token where it lives; quantised tokens are quantised anew with the statistics in force. */
