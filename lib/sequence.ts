@@ -1,7 +1,6 @@
 /** One sequence of a cache: append, attend, fork, truncate, single tokens, save. */
-import { createWriteStream } from 'node:fs';
-import { rename, rm } from 'node:fs/promises';
-import { once } from 'node:events';
+import { randomUUID } from 'node:crypto';
+import { rename, rm, writeFile } from 'node:fs/promises';
 import { abortable, throwIfAborted, type AbortOptions } from './abort';
 import { type NativeAttendItem, type NativeSequence, type NativeWriter } from './binding';
 import { type KvCache } from './cache';
@@ -194,17 +193,13 @@ export class Sequence extends Owned<NativeSequence> {
     }
   }
 
-  /** Writes the sequence to a file, through a temporary one beside it. */
+  /** Writes the sequence to a file, through a temporary one beside it. Errors of the file system are Node's own. */
   async save(path: string, options: AbortOptions = {}): Promise<void> {
-    const temporary = `${path}.${process.pid}.partial`;
-    const stream = createWriteStream(temporary);
+    const temporary = `${path}.${randomUUID()}.partial`;
     try {
-      await once(stream, 'open');
-      for await (const piece of this.chunks(options)) if (!stream.write(piece)) await once(stream, 'drain');
-      await new Promise<void>((done, failed) => stream.once('error', failed).end(done));
+      await writeFile(temporary, this.chunks(options), { flag: 'wx' });
       await rename(temporary, path);
     } catch (error) {
-      stream.destroy();
       await rm(temporary, { force: true });
       throw error;
     }
@@ -213,14 +208,16 @@ export class Sequence extends Owned<NativeSequence> {
   /** The saved form in memory. */
   saveSync(): Uint8Array {
     const writer = this.life.use().writer(true, undefined) as NativeWriter;
-    const pieces: Uint8Array[] = [];
-    for (;;) {
-      const piece = writer.next(true, undefined) as Uint8Array | null;
-      if (piece === null || piece.length === 0) break;
-      pieces.push(piece);
+    try {
+      const pieces: Uint8Array[] = [];
+      for (;;) {
+        const piece = writer.next(true, undefined) as Uint8Array | null;
+        if (piece === null || piece.length === 0) return Buffer.concat(pieces);
+        pieces.push(piece);
+      }
+    } finally {
+      writer.dispose();
     }
-    writer.dispose();
-    return Buffer.concat(pieces);
   }
 
   /** @internal */
