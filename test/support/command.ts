@@ -18,3 +18,13 @@ export function node(args: readonly string[], environment: Readonly<Record<strin
   });
   return { status, stdout, stderr };
 }
+
+/** Runs JavaScript that may require('./lib') in a process of its own. */
+export function script(
+  code: string,
+  flags: readonly string[] = [],
+  environment: Readonly<Record<string, string>> = {},
+) {
+  const prelude = "require('ts-node').register({ transpileOnly: true });";
+  return node([...flags, '-e', prelude + code], environment);
+}
