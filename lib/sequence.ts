@@ -232,7 +232,8 @@ export class Sequence extends Owned<NativeSequence> {
       dtype: checked.dtype,
       out: options.out ? checkOutput(options.out, rows * headDim, 'out') : new Float32Array(rows * headDim),
       lse: options.lse && checkOutput(options.lse, rows, 'lse'),
-      logits: options.logits && checkOutput(options.logits, rows * sequence.length(layer), 'logits'),
+      // Its length is checked when the call runs: appends may be queued before it.
+      logits: options.logits && checkOutput(options.logits, options.logits.length, 'logits'),
     };
   }
 

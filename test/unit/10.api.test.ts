@@ -140,6 +140,21 @@ test('inputs may be binary16, bfloat16 or float32, and may be reused once the ca
   cache.dispose();
 });
 
+test('calls may be queued without waiting: logits are as long as the tokens that are there when the call runs', async () => {
+  const cache = cacheOf(schemes.fp16());
+  const { seq, k, v } = filled(cache, 3);
+  const logits = new Float32Array(4 * 4);
+  const append = seq.append(0, k.subarray(0, row), v.subarray(0, row));
+  const attend = seq.attend(0, query(), { logits });
+  await append;
+  await attend;
+  expect(logits.every((logit) => logit !== 0)).toBe(true);
+  await expect(seq.attend(0, query(), { logits: new Float32Array(4 * 3) })).rejects.toMatchObject({
+    code: 'ERR_INNERKV_INVALID_ARGUMENT',
+  });
+  cache.dispose();
+});
+
 test('the estimate, the plan and the statistics agree with what is held', () => {
   const cache = cacheOf();
   expect(cache.stats().usedBytes).toBe(0);
