@@ -94,7 +94,8 @@ export function list(values: Values, name: string): string[] | undefined {
   return names;
 }
 
-export function helpOf(command: Command): string {
+/** `program`: as typed before the command. */
+export function helpOf(command: Command, program: string): string {
   const left = ([name, { value }]: [string, Option]) => `--${name}${value === undefined ? '' : ` ${value}`}`;
   const entries = Object.entries(allOptions(command));
   const width = Math.max(...entries.map((entry) => left(entry).length));
@@ -104,5 +105,5 @@ export function helpOf(command: Command): string {
   });
   const notes = command.notes === undefined ? '' : `\n\n${command.notes}`;
   const operand = command.operand === undefined ? '' : ` ${command.operand}`;
-  return `innerkv ${command.name}${operand}: ${command.summary}\n\n${lines.join('\n')}${notes}`;
+  return `${program} ${command.name}${operand}: ${command.summary}\n\n${lines.join('\n')}${notes}`;
 }

@@ -1,0 +1,5 @@
+/** `npm run bench -- <name>`: each benchmark is a command of its own file. */
+import { runProgram } from '../lib/cli/program';
+import { cpu } from './cpu';
+
+runProgram({ name: 'bench', summary: 'benchmarks of innerkv', commands: [cpu] });
