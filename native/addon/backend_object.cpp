@@ -126,7 +126,16 @@ Napi::Value BackendObject::attend_dense(const Napi::CallbackInfo& info) {
     const TensorName k_name{"k", r.kv_heads, r.head_dim, r.tokens},
         v_name{"v", r.kv_heads, r.head_dim, r.tokens};
     r.half = k.dtype == Dtype::kF16;
-    if (r.half) {
+    // A pass over k and v just to find NaN would take as long as attention itself. Logits are written on the
+    // way.
+    if (mode.sync && k.dtype != Dtype::kBf16 && !fields.has("logits")) {
+      r.k = k.data;
+      r.v = v.data;
+      r.suspect = [=] {
+        check_finite(k, k_name);
+        check_finite(v, v_name);
+      };
+    } else if (r.half) {
       call->half_k = to_halves(kernels, k, k_name, mode.sync);
       call->half_v = to_halves(kernels, v, v_name, mode.sync);
       r.k = call->half_k.data;

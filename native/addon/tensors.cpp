@@ -124,6 +124,13 @@ Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, c
   return halves;
 }
 
+void check_finite(const Tensor& tensor, const TensorName& name) {
+  const bool half = tensor.dtype == Dtype::kF16;
+  if (half ? !all_finite(static_cast<const std::uint16_t*>(tensor.data), tensor.count, kHalfExponent)
+           : !all_finite(static_cast<const float*>(tensor.data), tensor.count))
+    find_offender(tensor, name, [](float value) { return std::isfinite(value); });
+}
+
 Numbers<float> to_floats(const Kernels& kernels, const Tensor& tensor, const TensorName& name, bool borrow) {
   const auto* bits = static_cast<const std::uint16_t*>(tensor.data);
   const auto* values = static_cast<const float*>(tensor.data);

@@ -43,6 +43,9 @@ struct Numbers {
 Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, const TensorName& name,
                                  bool borrow);
 
+/// Refusal{NOT_FINITE} for a binary16 or float32 tensor that is not all finite.
+void check_finite(const Tensor& tensor, const TensorName& name);
+
 /// The same in float32.
 Numbers<float> to_floats(const Kernels& kernels, const Tensor& tensor, const TensorName& name, bool borrow);
 

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -108,6 +109,9 @@ struct DenseRequest {
   float scale = 0, softcap = 0;
   int sliding_window = 0;
   bool causal = true;
+  /// Called at most once, before out or lse is written, when some score or weighted value is not finite, as
+  /// every NaN or infinity in k or v makes it. May throw. So nobody has to look at k and v beforehand.
+  std::function<void()> suspect;
 };
 
 class Backend {

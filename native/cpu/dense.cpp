@@ -1,6 +1,8 @@
 // Plain attention over uncompressed float32 or binary16 keys and values: the baseline every scheme is
 // compared with.
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -56,6 +58,13 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
   const auto query_row = [&](int head, int row) {
     return std::ptrdiff_t{row / group} * request.query_heads + head * group + row % group;
   };
+  std::atomic<bool> all_finite{true};
+  const auto check = [&](const float* values, int count) {
+    unsigned bad = 0;
+    for (int i = 0; i < count; ++i)
+      bad |= (std::bit_cast<std::uint32_t>(values[i]) & 0x7f800000u) == 0x7f800000u;
+    if (bad) all_finite.store(false, std::memory_order_relaxed);
+  };
   pool_.run(request.kv_heads * blocks * runs, [&](int item, int) {
     const int head = item / (blocks * runs), block = item / runs % blocks, run = item % runs;
     const int first = block * kMaxRows, count = std::min(kMaxRows, rows - first);
@@ -78,6 +87,7 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
                                   kTile);
       for (int r = 0; r < count; ++r) {
         float* row = scores + r * kTile;
+        check(row, tokens);
         const int position =
             request.causal ? request.tokens - request.q_tokens + (first + r) / group : request.tokens - 1;
         const int begin = request.sliding_window > 0 ? position + 1 - request.sliding_window : 0;
@@ -102,6 +112,7 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
         kernels_.raw_accumulate_float(static_cast<const float*>(request.v) + at, D, tokens, D, scores, count,
                                       kTile, acc);
     }
+    check(acc, count * D);
     for (int r = 0; r < count; ++r) {
       float* state = state_at(head, block, run, r);
       state[0] = largest[r];
@@ -109,6 +120,7 @@ void CpuBackend::attend_dense(const DenseRequest& request) {
       std::memcpy(state + 2, acc + r * D, sizeof(float) * static_cast<std::size_t>(D));
     }
   });
+  if (!all_finite && request.suspect) request.suspect();
   for (int head = 0; head < request.kv_heads; ++head)
     for (int row = 0; row < rows; ++row) {
       float best = kNone, sum = 0, out[kMaxHeadDim] = {};

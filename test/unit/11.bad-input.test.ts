@@ -1,5 +1,13 @@
 /** Whatever is wrong: a KvError with its code, and the cache as it was. */
-import { createBackendSync, KvCache, KvError, schemes, type Backend, type Sequence } from '../../lib';
+import {
+  createBackendSync,
+  denseAttentionSync,
+  KvCache,
+  KvError,
+  schemes,
+  type Backend,
+  type Sequence,
+} from '../../lib';
 import { Random } from '../support/random';
 
 const shape = { layers: 1, queryHeads: 4, kvHeads: 2, headDim: 64 };
@@ -112,6 +120,42 @@ test.each(cases)('%s', (_, code, act) => {
   expect((thrown as KvError).code).toBe(code);
   expect(snapshot()).toEqual(before);
 });
+
+test.each(['f32', 'f16'])(
+  'dense attention finds what is not finite wherever it is, out unchanged (%s)',
+  (dtype) => {
+    const tokens = 300;
+    const heads = { queryHeads: 4, kvHeads: 2, headDim: 64 };
+    for (const [tensor, token, bad] of [
+      ['k', 0, NaN],
+      ['v', 0, Infinity], // outside the sliding window, so its weight is 0
+      ['v', 130, NaN],
+      ['k', 298, -Infinity],
+      ['v', 299, NaN], // masked for the first query
+    ] as const) {
+      const make = (fill: number) =>
+        dtype === 'f32'
+          ? numbers(tokens * row, fill)
+          : new Uint16Array(tokens * row).fill(fill === 0 ? 0 : 0x3c00);
+      const call = { ...heads, k: make(1), v: make(1), slidingWindow: 200 };
+      const channel = 17;
+      const at = (1 * tokens + token) * 64 + channel; // [kvHeads, tokens, headDim]
+      call[tensor][at] = dtype === 'f32' ? bad : Number.isNaN(bad) ? 0x7e01 : bad > 0 ? 0x7c00 : 0xfc00;
+      for (const q of [numbers(2 * 256), numbers(2 * 256, 0)])
+        for (const logits of [undefined, numbers(2 * 4 * tokens, 9)]) {
+          const out = numbers(2 * 256, 7);
+          expect(() => denseAttentionSync(backend, { ...call, q, out, ...(logits && { logits }) })).toThrow(
+            expect.objectContaining({
+              code: 'ERR_INNERKV_NOT_FINITE',
+              details: expect.objectContaining({ tensor, token, head: 1, channel }),
+            }) as Error,
+          );
+          expect(out.every((value) => value === 7)).toBe(true);
+          expect(logits?.every((value) => value === 9)).not.toBe(false);
+        }
+    }
+  },
+);
 
 const options = { ...shape, scheme: schemes.fp16(), memory: '1MiB' };
 test.each<[string, string, object]>([
