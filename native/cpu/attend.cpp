@@ -19,6 +19,7 @@ constexpr int kRunPages = 32;
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int kMaxGroups = kMaxHeadDim / 32;
+constexpr int kStepsPerRow = 4;  // of a pass over a page: scores, softmax, weights, values
 constexpr int kMaxScales = kPageTokens * kMaxGroups;
 }  // namespace
 
@@ -82,6 +83,25 @@ PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const
     }
   return {scale, offset, 0};
 }
+
+/// Fetches the next page while the present one is computed, a few lines between the steps: pages are too
+/// short for the processor to foresee them, and many lines at once would stall it.
+class PageAhead {
+ public:
+  void start(const Page* page, std::size_t bytes, int steps) {
+    at_ = page ? page->bytes.data() : nullptr;
+    end_ = at_ + (page ? bytes : 0);
+    share_ = (bytes / static_cast<std::size_t>(steps) + 63) / 64 * 64;
+  }
+  void step() {
+    const std::uint8_t* stop = static_cast<std::size_t>(end_ - at_) > share_ ? at_ + share_ : end_;
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const std::uint8_t *at_ = nullptr, *end_ = nullptr;
+  std::size_t share_ = 0;
+};
 
 class HeadAttention {
  public:
@@ -159,6 +179,10 @@ class HeadAttention {
     const int k_stored = std::clamp(head_.k_quantised - first, 0, count),
               v_stored = std::clamp(head_.v_quantised - first, 0, count);
     const Page* page = k_stored > 0 || v_stored > 0 ? head_.pages[tile].get() : nullptr;
+    const int next = first + kPageTokens;
+    ahead_.start(
+        next < std::min(head_.k_quantised, head_.v_quantised) ? head_.pages[tile + 1].get() : nullptr,
+        layout_.bytes(), kStepsPerRow * task_.rows);
     if (k_stored > 0) {
       if (page)
         stored_scores(*page, tile, k_stored);
@@ -175,7 +199,7 @@ class HeadAttention {
         if (page->is_removed(slot))
           for (int r = 0; r < task_.rows; ++r) s_.scores[r * kPageTokens + slot] = kNone;
     finish_scores(head_.sink + first, count);
-    for (int r = 0; r < task_.rows; ++r) update_softmax(r, count);
+    for (int r = 0; r < task_.rows; ++r, ahead_.step()) update_softmax(r, count);
     if (page && v_stored > 0) stored_values(*page, v_stored);
     for (int slot = v_stored; slot < count;) {
       const int row = (first + slot) % head_.ring, run = std::min(count - slot, head_.ring - row);
@@ -237,7 +261,7 @@ class HeadAttention {
       kernels_.dot({s_.codes + std::ptrdiff_t{begin} * kPageTokens, kPageTokens,
                     (layout.group_end(g) - begin) / 4, layout.spec.bits, 0, (stored + 15) / 16 * 16,
                     s_.q_hi + begin, s_.q_lo + begin, D_, task_.rows, s_.sums});
-      for (int r = 0; r < task_.rows; ++r)
+      for (int r = 0; r < task_.rows; ++r, ahead_.step())
         kernels_.add_scores(s_.sums + r * kPageTokens, stored, scales.scale + g * kPageTokens,
                             scales.offset ? scales.offset + g * kPageTokens : nullptr, s_.q_step[r],
                             s_.q_total[r][g], scales.center2, s_.scores + r * kPageTokens);
@@ -310,7 +334,7 @@ class HeadAttention {
       const float* scale = scales.scale + g * kPageTokens;
       float step[kMaxRows];
       std::int32_t sum_of_weights[kMaxRows];
-      for (int r = 0; r < task_.rows; ++r) {
+      for (int r = 0; r < task_.rows; ++r, ahead_.step()) {
         kernels_.multiply(s_.scores + r * kPageTokens, scale, stored, s_.weights);
         std::fill(s_.weights + stored, s_.weights + kPageTokens, 0.0f);
         std::int8_t *hi = s_.p_hi + r * kPageTokens, *lo = s_.p_lo + r * kPageTokens;
@@ -318,7 +342,7 @@ class HeadAttention {
       }
       kernels_.dot({s_.codes, D_, kPageTokens / 4, layout.spec.bits, begin, end, s_.p_hi, s_.p_lo,
                     kPageTokens, task_.rows, s_.sums});
-      for (int r = 0; r < task_.rows; ++r) {
+      for (int r = 0; r < task_.rows; ++r, ahead_.step()) {
         float* acc = stored_out(r) + begin;
         kernels_.add_values(s_.sums + r * D_ + begin, end - begin, nullptr, step[r], sum_of_weights[r],
                             scales.center2, acc);
@@ -335,7 +359,7 @@ class HeadAttention {
   void block_values(const PageScales& scales, int stored) {
     float step[kMaxRows];
     std::int32_t whole = 0;  // per 32 tokens below
-    for (int r = 0; r < task_.rows; ++r) {
+    for (int r = 0; r < task_.rows; ++r, ahead_.step()) {
       std::memcpy(s_.weights, s_.scores + r * kPageTokens, sizeof(float) * static_cast<std::size_t>(stored));
       std::fill(s_.weights + stored, s_.weights + kPageTokens, 0.0f);
       step[r] = kernels_.split(s_.weights, kPageTokens, s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens,
@@ -345,7 +369,7 @@ class HeadAttention {
       kernels_.dot({s_.codes + std::ptrdiff_t{first} * D_, D_, kBlockTokens32 / 4, layout_.v.spec.bits, 0, D_,
                     s_.p_hi + first, s_.p_lo + first, kPageTokens, task_.rows, s_.sums});
       const int at = first / kBlockTokens32 * D_;
-      for (int r = 0; r < task_.rows; ++r) {
+      for (int r = 0; r < task_.rows; ++r, ahead_.step()) {
         const std::int32_t weights =
             total(s_.p_hi + r * kPageTokens, s_.p_lo + r * kPageTokens, first, first + kBlockTokens32);
         float* acc = stored_out(r);
@@ -367,6 +391,7 @@ class HeadAttention {
   AttendScratch& s_;
   const int D_, group_;
   const PageLayout layout_;
+  PageAhead ahead_;
   std::int64_t prepared_ = -1;
 };
 

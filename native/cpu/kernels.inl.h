@@ -334,6 +334,16 @@ inline void fold_all(Vec* v) {
   }
 }
 
+// The processor's own prefetch stops at every 4 KB and knows nothing of the next tile. May point beyond the
+// end: fetching ahead never faults.
+template <class T>
+inline void fetch_ahead(const T* row, int count) {
+  constexpr std::uintptr_t kDistance = 8192;
+  const auto begin = reinterpret_cast<std::uintptr_t>(row) + kDistance;
+  for (std::uintptr_t at = begin; at < begin + sizeof(T) * static_cast<unsigned>(count); at += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+}
+
 template <int kTokens, int kRows, class T>
 void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, float* scores,
                 std::ptrdiff_t score_stride) {
@@ -375,8 +385,10 @@ void raw_scores(const T* k, std::ptrdiff_t k_stride, int tokens, int head_dim, c
                 float* scores, std::ptrdiff_t score_stride) {
   constexpr int kStep = kRegisters >= 32 ? 4 : 2;
   int t = 0;
-  for (; t + kStep <= tokens; t += kStep)
+  for (; t + kStep <= tokens; t += kStep) {
+    for (int i = 0; i < kStep; ++i) fetch_ahead(k + (t + i) * k_stride, head_dim);
     score_rows<kStep>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
+  }
   for (; t < tokens; ++t)
     score_rows<1>(k + t * k_stride, k_stride, head_dim, q, rows, scores + t, score_stride);
 }
@@ -389,6 +401,7 @@ void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_d
     for (int i = 0; i < kVecs; ++i) sum[r][i] = load(acc + std::ptrdiff_t{r} * head_dim + i * kLanes);
   for (int t = 0; t < tokens; ++t) {
     Vec value[kVecs];
+    fetch_ahead(v + t * v_stride, kVecs * kLanes);
     for (int i = 0; i < kVecs; ++i) value[i] = load(v + t * v_stride + i * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = Vec{} + p[r * p_stride + t];
