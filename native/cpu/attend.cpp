@@ -6,6 +6,7 @@
 // stay integers, scales are applied to the sums. Logits are in base 2 throughout.
 // Long file: one pass over a page, in the order of its steps.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -66,20 +67,26 @@ PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const
                           static_cast<std::size_t>(count));
     return {scale, offset, 0};
   }
+  // Without branches, which nobody could foresee: the next zero point is read whether it is due or not.
+  float zeros[kMaxScales + 1];
+  for (std::size_t i = 0; i < extents.size(); ++i)
+    kernels.half_to_float(reinterpret_cast<const std::uint16_t*>(extents[i].data()), zeros + i * kZeroExtent,
+                          kZeroExtent);
+  zeros[extents.size() * kZeroExtent] = 0.0f;
+  kernels.half_to_float(stored, scale, static_cast<std::size_t>(count));
+  const float center = 0.5f * static_cast<float>(spec.levels());
   const int span = spec.group == Group::kTokens32 ? kBlockTokens32 : 1;
-  int zeros = 0;
+  const float* zero = zeros;
   for (int slot = 0; slot < slots; slot += span)
     for (int g = 0; g < layout.groups(); ++g) {
       const int index = layout.scale_index(slot, g);
-      std::uint16_t zero = 0;
-      if (stored[index] & 0x8000u) {
-        zero = reinterpret_cast<const std::uint16_t*>(
-            extents[static_cast<std::size_t>(zeros / kZeroExtent)].data())[zeros % kZeroExtent];
-        ++zeros;
-      }
-      const Dequantiser map = dequantiser(spec.bits, spec.mode, stored[index], zero);
-      scale[index] = map.scale;
-      offset[index] = map.offset;
+      const std::uint32_t own = std::uint32_t{stored[index]} >> 15;  // the sign bit: it has a zero point
+      const float size = std::abs(scale[index]), centred = -(size * center);
+      const std::uint32_t chosen = (std::bit_cast<std::uint32_t>(*zero) & (0u - own)) |
+                                   (std::bit_cast<std::uint32_t>(centred) & (own - 1u));
+      scale[index] = size;
+      offset[index] = std::bit_cast<float>(chosen);
+      zero += own;
     }
   return {scale, offset, 0};
 }

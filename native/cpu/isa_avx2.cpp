@@ -34,6 +34,9 @@ inline __m256i broadcast_quad(const std::int8_t* at) {
   return _mm256_set1_epi32(quad);
 }
 
+// Keeps a sum in a register: otherwise g++ makes all products first and has no register left for the sums.
+inline void stay(__m256i& sum) { asm("" : "+x"(sum)); }
+
 // 8 kTiles rows x kVectors query vectors. A 16-bit lane holds pairs of products for `kRun` quads before it is
 // widened: 2 * (2^bits - 1) * 128 * kRun stays below 2^15.
 template <int kVectors, int kTiles, int kRun, bool kNibbles>
@@ -58,6 +61,8 @@ void dot_rows(const DotArgs& args, int row, int first) {
         for (int t = 0; t < kTiles; ++t) {
           hi[v][t] = _mm256_add_epi16(hi[v][t], _mm256_maddubs_epi16(code[t], q_hi));
           lo[v][t] = _mm256_add_epi16(lo[v][t], _mm256_maddubs_epi16(code[t], q_lo));
+          stay(hi[v][t]);
+          stay(lo[v][t]);
         }
       }
     }
