@@ -26,16 +26,17 @@ struct DotArgs {
   std::int32_t* sums;  // [vectors][rows]: sum over the reduction of code * (256 hi + lo)
 };
 
-/// Feedback rounding of one key. docs/format.md section 6.
+/// Feedback rounding of keys of one head. docs/format.md section 6.
 struct FeedbackArgs {
-  const float* x;  // [D]
-  int head_dim, bits;
+  const float* x;  // [tokens][D]
+  int tokens, head_dim, bits;
   const std::uint8_t* order;  // [D] channel rounded as the i-th; the matrices below are in this order
   const float *feedback, *pivot, *metric;
   const float* ratios;
   int ratio_count;
   bool unbiased;
-  std::uint8_t* codes;  // [D]
+  std::uint8_t* codes;    // [tokens][D]
+  std::uint16_t* scales;  // [tokens]
 };
 
 /// A query in the basis of stored keys, as integers: rotate, dot with the mean, multiply by lam, Hadamard,
@@ -75,7 +76,7 @@ struct Kernels {
   void (*rotate)(float* x, int head_dim, const float* cos, const float* sin, int pairs, bool half_layout);
   void (*hadamard)(float* x, int count);
   GroupScale (*quantise_group)(const float* x, int count, const GroupRule& rule, std::uint8_t* codes);
-  std::uint16_t (*round_feedback)(const FeedbackArgs& args);
+  void (*round_feedback)(const FeedbackArgs& args);
   /// scores[r * score_stride + t] = q[r] . k[t] for raw K of float32 or binary16, q [rows][D], k rows
   /// `k_stride` elements apart.
   void (*raw_scores_half)(const std::uint16_t* k, std::ptrdiff_t k_stride, int tokens, int head_dim,

@@ -249,66 +249,157 @@ GroupScale quantise_group_here(const float* x, int count, const GroupRule& rule,
   return quantise_group(x, count, rule, codes);
 }
 
-// ---- feedback rounding: the clip ratios side by side in the lanes of one vector ----
+// ---- feedback rounding ----
 
-using Ratios = float __attribute__((vector_size(32)));
-using RatioInts = std::int32_t __attribute__((vector_size(32)));
+template <int kWidth>
+struct RatioLanes;
+template <>
+struct RatioLanes<8> {
+  using Floats = float __attribute__((vector_size(32)));
+  using Whole = std::int32_t __attribute__((vector_size(32)));
+};
+template <>
+struct RatioLanes<16> {
+  using Floats = float __attribute__((vector_size(64)));
+  using Whole = std::int32_t __attribute__((vector_size(64)));
+};
 
-std::uint16_t round_feedback(const FeedbackArgs& args) {
-  constexpr int kColumns = 8;  // columns whose running values stay in registers
-  const int D = args.head_dim;
-  const float top = static_cast<float>((1 << args.bits) - 1),
-              half_levels = static_cast<float>(1 << (args.bits - 1));
-  const float center = 0.5f * top;
-  const float full = 2.0f * max_magnitude(args.x, D) / top;
-  float x[kMaxHeadDim];
-  for (int i = 0; i < D; ++i) x[i] = args.x[args.order[i]];
-  Ratios scale{}, inverse{}, loss{};
-  std::uint16_t scale_bits[kMaxClipRatios] = {};
-  for (int r = 0; r < args.ratio_count; ++r) {
-    scale_bits[r] = half_bits(args.ratios[r] * full);
-    scale[r] = half_value(scale_bits[r]);
-    inverse[r] = reciprocal(scale[r]);
+/// kVecs vectors of kWidth lanes: kWidth / 8 tokens each, a token's clip ratios side by side. Every column
+/// waits for the one before it, so several tokens at once fill the time, and share what is read of F and W.
+template <int kWidth, int kVecs>
+class FeedbackRounding {
+ public:
+  static constexpr int kTokens = kVecs * kWidth / kMaxClipRatios;
+
+  /// Rounds tokens first ... first + kTokens - 1 as far as there are any.
+  static void run(const FeedbackArgs& args, int first) {
+    FeedbackRounding rounding(args, first);
+    rounding.round();
+    rounding.finish();
   }
-  Ratios errors[kMaxHeadDim];
-  std::uint8_t codes[kMaxHeadDim][kMaxClipRatios];
-  const Ratios low{}, high = low + top;
-  for (int block = 0; block < D; block += kColumns) {
-    Ratios y[kColumns];
-    for (int i = 0; i < kColumns; ++i) y[i] = Ratios{} + x[block + i];
-    for (int c = 0; c < block; ++c) {
-      const float* row = args.feedback + std::ptrdiff_t{c} * D + block;
-      for (int i = 0; i < kColumns; ++i) y[i] = y[i] - errors[c] * row[i];
-    }
-    for (int i = 0; i < kColumns; ++i) {
-      const int c = block + i;
-      Ratios u = y[i] * inverse + half_levels;
-      u = u > low ? u : low;
-      u = u < high ? u : high;
-      const RatioInts code = __builtin_convertvector(u, RatioInts);
-      errors[c] = y[i] - scale * (__builtin_convertvector(code, Ratios) - center);
-      const Ratios part = errors[c] * args.pivot[c];
-      loss = loss + part * part;
-      for (int r = 0; r < kMaxClipRatios; ++r) codes[c][r] = static_cast<std::uint8_t>(code[r]);
-      const float* row = args.feedback + std::ptrdiff_t{c} * D + block;
-      for (int k = i + 1; k < kColumns; ++k) y[k] = y[k] - errors[c] * row[k];
+
+ private:
+  using Lanes = typename RatioLanes<kWidth>::Floats;
+  using LaneInts = typename RatioLanes<kWidth>::Whole;
+
+  FeedbackRounding(const FeedbackArgs& args, int first)
+      : args_(args),
+        D_(args.head_dim),
+        first_(first),
+        tokens_(args.tokens - first < kTokens ? args.tokens - first : kTokens),
+        top_(static_cast<float>((1 << args.bits) - 1)) {
+    for (int t = 0; t < kTokens; ++t) {  // missing tokens repeat the last one
+      const float* x = args.x + std::ptrdiff_t{first + (t < tokens_ ? t : tokens_ - 1)} * D_;
+      const float full = 2.0f * max_magnitude(x, D_) / top_;
+      for (int i = 0; i < D_; ++i) x_[t][i] = x[args.order[i]];
+      for (int r = 0; r < kMaxClipRatios; ++r) {
+        const int lane = t * kMaxClipRatios + r;
+        scale_bits_[t][r] = r < args.ratio_count ? half_bits(args.ratios[r] * full) : std::uint16_t{0};
+        const float scale = half_value(scale_bits_[t][r]);
+        scale_[lane / kWidth][lane % kWidth] = scale;
+        inverse_[lane / kWidth][lane % kWidth] = reciprocal(scale);
+      }
     }
   }
-  int best = 0;
-  for (int r = 1; r < args.ratio_count; ++r)
-    if (loss[r] < loss[best]) best = r;
-  for (int i = 0; i < D; ++i) args.codes[args.order[i]] = codes[i][best];
-  if (!args.unbiased) return scale_bits[best];
-  float image[kMaxHeadDim] = {};  // W x
-  for (int j = 0; j < D; ++j) {
-    const float* row = args.metric + std::ptrdiff_t{j} * D;
-    for (int c = 0; c < D; ++c) image[c] += row[c] * x[j];
+
+  /// Column i of every token, in the lanes of its ratios.
+  Lanes column(int vec, int i) const {
+    if constexpr (kWidth == kMaxClipRatios) return Lanes{} + x_[vec][i];
+    LaneInts second;
+    for (int l = 0; l < kWidth; ++l) second[l] = l < kMaxClipRatios ? 0 : -1;
+    return second ? Lanes{} + x_[2 * vec + 1][i] : Lanes{} + x_[2 * vec][i];
   }
-  const float chosen = scale[best];
-  const float num = ordered_sum(D, [&](int i) { return x[i] * image[i]; });
-  const float den = ordered_sum(
-      D, [&](int i) { return chosen * (static_cast<float>(codes[i][best]) - center) * image[i]; });
-  return unbiased_scale(chosen, num, den);
+
+  void round() {
+    constexpr int kColumns =
+        kVecs == 1 || kRegisters >= 32 ? 8 : 4;  // whose running values stay in registers
+    const float half_levels = static_cast<float>(1 << (args_.bits - 1)), center = 0.5f * top_;
+    const Lanes low{}, high = low + top_;
+    for (int block = 0; block < D_; block += kColumns) {
+      Lanes y[kColumns][kVecs];
+      for (int i = 0; i < kColumns; ++i)
+        for (int v = 0; v < kVecs; ++v) y[i][v] = column(v, block + i);
+      for (int c = 0; c < block; ++c) {
+        const float* row = args_.feedback + std::ptrdiff_t{c} * D_ + block;
+        for (int i = 0; i < kColumns; ++i)
+          for (int v = 0; v < kVecs; ++v) y[i][v] = y[i][v] - errors_[c][v] * row[i];
+      }
+      for (int i = 0; i < kColumns; ++i) {
+        const int c = block + i;
+        const float* row = args_.feedback + std::ptrdiff_t{c} * D_ + block;
+        for (int v = 0; v < kVecs; ++v) {
+          Lanes u = y[i][v] * inverse_[v] + half_levels;
+          u = u > low ? u : low;
+          u = u < high ? u : high;
+          codes_[c][v] = __builtin_convertvector(u, LaneInts);
+          const Lanes error = y[i][v] - scale_[v] * (__builtin_convertvector(codes_[c][v], Lanes) - center);
+          const Lanes part = error * args_.pivot[c];
+          loss_[v] = loss_[v] + part * part;
+          errors_[c][v] = error;
+          for (int k = i + 1; k < kColumns; ++k) y[k][v] = y[k][v] - error * row[k];
+        }
+      }
+    }
+  }
+
+  void finish() {
+    float chosen[kTokens] = {};
+    for (int t = 0; t < tokens_; ++t) {
+      const int vec = t * kMaxClipRatios / kWidth, lane = t * kMaxClipRatios % kWidth;
+      int best = 0;
+      for (int r = 1; r < args_.ratio_count; ++r)
+        if (loss_[vec][lane + r] < loss_[vec][lane + best]) best = r;
+      std::uint8_t* to = args_.codes + std::ptrdiff_t{first_ + t} * D_;
+      for (int i = 0; i < D_; ++i)
+        to[args_.order[i]] = static_cast<std::uint8_t>(codes_[i][vec][lane + best]);
+      args_.scales[first_ + t] = scale_bits_[t][best];
+      chosen[t] = half_value(scale_bits_[t][best]);
+    }
+    if (!args_.unbiased) return;
+    float image[kTokens][kMaxHeadDim];  // W x
+    int c = 0;
+    for (; c + 4 * kLanes <= D_; c += 4 * kLanes) multiply_metric<4>(c, image);
+    for (; c < D_; c += kLanes) multiply_metric<1>(c, image);
+    for (int t = 0; t < tokens_; ++t) {
+      const std::uint8_t* codes = args_.codes + std::ptrdiff_t{first_ + t} * D_;
+      const float num = ordered_sum(D_, [&](int i) { return x_[t][i] * image[t][i]; });
+      const float den = ordered_sum(D_, [&](int i) {
+        return chosen[t] * (static_cast<float>(codes[args_.order[i]]) - 0.5f * top_) * image[t][i];
+      });
+      args_.scales[first_ + t] = unbiased_scale(chosen[t], num, den);
+    }
+  }
+
+  template <int kColumnVecs>
+  void multiply_metric(int column, float (*image)[kMaxHeadDim]) const {
+    Vec sums[kTokens][kColumnVecs] = {};
+    for (int j = 0; j < D_; ++j) {
+      const float* row = args_.metric + std::ptrdiff_t{j} * D_ + column;
+      for (int i = 0; i < kColumnVecs; ++i) {
+        const Vec w = load(row + i * kLanes);
+        for (int t = 0; t < kTokens; ++t) sums[t][i] = sums[t][i] + w * x_[t][j];
+      }
+    }
+    for (int t = 0; t < kTokens; ++t)
+      for (int i = 0; i < kColumnVecs; ++i) store(image[t] + column + i * kLanes, sums[t][i]);
+  }
+
+  const FeedbackArgs& args_;
+  const int D_, first_, tokens_;
+  const float top_;
+  float x_[kTokens][kMaxHeadDim];  // in the order of rounding
+  std::uint16_t scale_bits_[kTokens][kMaxClipRatios];
+  Lanes scale_[kVecs], inverse_[kVecs], loss_[kVecs] = {};
+  Lanes errors_[kMaxHeadDim][kVecs];
+  LaneInts codes_[kMaxHeadDim][kVecs];
+};
+
+void round_feedback(const FeedbackArgs& args) {
+  using One = FeedbackRounding<kMaxClipRatios, 1>;
+  using Many = FeedbackRounding<kLanes >= 16 ? 16 : 8, 2>;
+  int first = 0;
+  for (; 2 * (args.tokens - first) > Many::kTokens; first += Many::kTokens) Many::run(args, first);
+  for (; first < args.tokens; ++first) One::run(args, first);
 }
 
 // ---- raw (16- or 32-bit) attention ----

@@ -1,10 +1,13 @@
 // Tokens into pages and back, one page a task. docs/format.md sections 3 to 6.
+#include <algorithm>
 #include <cstring>
 
 #include "cpu_backend.h"
 
 namespace innerkv {
 namespace {
+
+constexpr int kFeedbackKeys = 16;  // rounded in one call, which does several at a time
 
 std::uint16_t* halves(std::uint8_t* at) { return reinterpret_cast<std::uint16_t*>(at); }
 
@@ -34,8 +37,12 @@ class PageWriter {
         v_(job.page->bytes.data() + layout_.v_at()) {}
 
   void write() {
-    for (int slot = job_.k_first; slot < job_.k_first + job_.k_count; ++slot)
-      write_key(slot, job_.k.at_position(job_.position(slot)));
+    const int end = job_.k_first + job_.k_count;
+    if (scheme_.feedback())
+      for (int slot = job_.k_first; slot < end; slot += kFeedbackKeys)
+        write_feedback_keys(slot, std::min(kFeedbackKeys, end - slot));
+    else
+      for (int slot = job_.k_first; slot < end; ++slot) write_key(slot, job_.k.at_position(job_.position(slot)));
     const bool blocks = scheme_.v.group == Group::kTokens32 && !scheme_.v.raw();
     for (int slot = job_.v_first; slot < job_.v_first + job_.v_count; slot += blocks ? kBlockTokens32 : 1)
       if (blocks)
@@ -82,23 +89,34 @@ class PageWriter {
     std::uint8_t codes[kMaxHeadDim];
     kernels_.half_to_float(key, x, static_cast<std::size_t>(D_));
     transform_key(slot, x);
-    if (scheme_.feedback()) {
-      const Basis& basis = *job_.basis;
-      const std::uint16_t scale =
-          kernels_.round_feedback({x, D_, layout.spec.bits, basis.order.data(), basis.feedback.data(),
-                                   basis.pivot.data(), basis.metric.data(), scheme_.clip_k.data(),
-                                   static_cast<int>(scheme_.clip_k.size()), scheme_.unbiased_k, codes});
-      halves(k_ + layout.scales_at())[layout.scale_index(slot, 0)] = scale;
-    } else {
-      for (int g = 0; g < layout.groups(); ++g) {
-        const int begin = layout.group_begin(g);
-        store(layout, k_, layout.scale_index(slot, g),
-              kernels_.quantise_group(x + begin, layout.group_end(g) - begin,
-                                      rule(layout.spec, scheme_.clip_k, scheme_.unbiased_k), codes + begin),
-              job_.page->k_zeros, job_.page->k_zero_count);
-      }
+    for (int g = 0; g < layout.groups(); ++g) {
+      const int begin = layout.group_begin(g);
+      store(layout, k_, layout.scale_index(slot, g),
+            kernels_.quantise_group(x + begin, layout.group_end(g) - begin,
+                                    rule(layout.spec, scheme_.clip_k, scheme_.unbiased_k), codes + begin),
+            job_.page->k_zeros, job_.page->k_zero_count);
     }
     put_row(k_, layout.codes(), slot, codes, D_);
+  }
+
+  void write_feedback_keys(int slot, int count) {
+    const TensorLayout& layout = layout_.k;
+    const Basis& basis = *job_.basis;
+    float x[kFeedbackKeys * kMaxHeadDim];
+    std::uint8_t codes[kFeedbackKeys * kMaxHeadDim];
+    std::uint16_t scales[kFeedbackKeys];
+    for (int i = 0; i < count; ++i) {
+      kernels_.half_to_float(job_.k.at_position(job_.position(slot + i)), x + i * D_,
+                             static_cast<std::size_t>(D_));
+      transform_key(slot + i, x + i * D_);
+    }
+    kernels_.round_feedback({x, count, D_, layout.spec.bits, basis.order.data(), basis.feedback.data(),
+                             basis.pivot.data(), basis.metric.data(), scheme_.clip_k.data(),
+                             static_cast<int>(scheme_.clip_k.size()), scheme_.unbiased_k, codes, scales});
+    for (int i = 0; i < count; ++i) {
+      halves(k_ + layout.scales_at())[layout.scale_index(slot + i, 0)] = scales[i];
+      put_row(k_, layout.codes(), slot + i, codes + i * D_, D_);
+    }
   }
 
   void write_value(int slot, const std::uint16_t* value) {

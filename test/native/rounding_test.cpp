@@ -306,13 +306,37 @@ TEST("rounding with error feedback has the documented bits on every instruction 
             const Rounded expected = documented_feedback(key, bits, b, kRatios, ratio_count, unbiased);
             for_each_isa([&](const Kernels& kernels) {
               Rounded got{{}, std::vector<std::uint8_t>(at(D), 0xee)};
-              got.scale.scale = kernels.round_feedback({key.data(), D, bits, b.order.data(),
-                                                        b.feedback.data(), b.pivot.data(), b.metric.data(),
-                                                        kRatios, ratio_count, unbiased, got.codes.data()});
+              kernels.round_feedback({key.data(), 1, D, bits, b.order.data(), b.feedback.data(),
+                                      b.pivot.data(), b.metric.data(), kRatios, ratio_count, unbiased,
+                                      got.codes.data(), &got.scale.scale});
               CHECK_WITH(got == expected, say(kernels.isa, {D, bits, ratio_count, kind, wild}));
             });
           }
     }
+}
+
+TEST("keys rounded together have the bits of keys rounded alone") {
+  check::Random random(7);
+  for (const int D : kHeadDims) {
+    const FeedbackBasis b = feedback_basis(D, false, random);
+    for (int tokens = 1; tokens <= 9; ++tokens) {
+      std::vector<float> keys;
+      for (int t = 0; t < tokens; ++t)
+        for (const float x : group_of((t + D / 16) % kKinds, D, random)) keys.push_back(x);
+      for_each_isa([&](const Kernels& kernels) {
+        const auto round = [&](int first, int count, std::uint8_t* codes, std::uint16_t* scales) {
+          kernels.round_feedback({keys.data() + first * D, count, D, 2, b.order.data(), b.feedback.data(),
+                                  b.pivot.data(), b.metric.data(), kRatios, 8, true, codes, scales});
+        };
+        // One more of each, to see that nothing beyond the end is written.
+        std::vector<std::uint8_t> together(at((tokens + 1) * D), 0xee), alone = together;
+        std::vector<std::uint16_t> scales(at(tokens + 1), 0xeeee), alone_scales = scales;
+        round(0, tokens, together.data(), scales.data());
+        for (int t = 0; t < tokens; ++t) round(t, 1, &alone[at(t * D)], &alone_scales[at(t)]);
+        CHECK_WITH(together == alone && scales == alone_scales, say(kernels.isa, {D, tokens, 0, 0, 0}));
+      });
+    }
+  }
 }
 
 }  // namespace
