@@ -1,6 +1,6 @@
 /** What a result depends on: the machine, the build, the moment, and how fast memory is copied there and then. */
 import { execFileSync, type StdioOptions } from 'node:child_process';
-import { availableParallelism, cpus, totalmem } from 'node:os';
+import { availableParallelism, cpus, loadavg, totalmem } from 'node:os';
 import { join } from 'node:path';
 import { Worker } from 'node:worker_threads';
 import { versions } from '../../lib/cli/version';
@@ -12,6 +12,8 @@ export interface Machine {
   readonly processors: number;
   readonly memoryBytes: number;
   readonly versions: Record<string, string>;
+  /** Runnable tasks of the last minute, at the end: more than the threads measured means that others ran too. */
+  readonly load: number;
   /** ISO 8601. */
   readonly date: string;
   /** Commit of the sources; ends in "-dirty" when they were changed since. */
@@ -24,6 +26,7 @@ export function describeMachine(): Machine {
     processors: availableParallelism(),
     memoryBytes: totalmem(),
     versions: versions(),
+    load: loadavg()[0]!,
     date: new Date().toISOString(),
     commit: commit(),
   };

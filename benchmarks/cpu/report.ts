@@ -67,7 +67,7 @@ export function renderReport({ command, machine, shape, windows, copy, overhead,
     '',
     `\`${command}\`, ${machine.date}, commit ${machine.commit}`,
     '',
-    `${machine.processor}, ${machine.processors} processors, Node ${machine.versions.node ?? ''}, ${machine.versions.platform ?? ''}`,
+    `${machine.processor}, ${machine.processors} processors, Node ${machine.versions.node ?? ''}, ${machine.versions.platform ?? ''}, load ${machine.load.toFixed(1)}`,
     '',
     `One layer, one query token per sequence: ${queryHeads} query heads over ${kvHeads} KV heads of ${headDim} channels; windows of ` +
       `${windows.sink} + ${windows.recent} tokens in 16 bits. GB/s counts what the sequences hold (codes, scales, zero points, windows). ` +

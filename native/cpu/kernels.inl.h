@@ -486,13 +486,13 @@ void raw_scores(const T* k, std::ptrdiff_t k_stride, int tokens, int head_dim, c
 
 template <int kRows, int kVecs, class T>
 void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p,
-                     std::ptrdiff_t p_stride, float* acc) {
+                     std::ptrdiff_t p_stride, float* acc, int fetch) {
   Vec sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVecs; ++i) sum[r][i] = load(acc + std::ptrdiff_t{r} * head_dim + i * kLanes);
   for (int t = 0; t < tokens; ++t) {
     Vec value[kVecs];
-    fetch_ahead(v + t * v_stride, kVecs * kLanes);
+    fetch_ahead(v + t * v_stride, fetch);
     for (int i = 0; i < kVecs; ++i) value[i] = load(v + t * v_stride + i * kLanes);
     for (int r = 0; r < kRows; ++r) {
       const Vec weight = Vec{} + p[r * p_stride + t];
@@ -506,12 +506,14 @@ void accumulate_tile(const T* v, std::ptrdiff_t v_stride, int tokens, int head_d
 
 template <int kVecs, class T>
 void accumulate_rows(const T* v, std::ptrdiff_t v_stride, int tokens, int head_dim, const float* p, int rows,
-                     std::ptrdiff_t p_stride, float* acc) {
+                     std::ptrdiff_t p_stride, float* acc, int fetch) {
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    accumulate_tile<4, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
+    accumulate_tile<4, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim,
+                              r == 0 ? fetch : 0);
   for (; r < rows; ++r)
-    accumulate_tile<1, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim);
+    accumulate_tile<1, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim,
+                              r == 0 ? fetch : 0);
 }
 
 template <class T>
@@ -520,9 +522,10 @@ void raw_accumulate(const T* v, std::ptrdiff_t v_stride, int tokens, int head_di
   constexpr int kVecs = kRegisters >= 32 ? 4 : 2;
   int c = 0;
   for (; c + kVecs * kLanes <= head_dim; c += kVecs * kLanes)
-    accumulate_rows<kVecs>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
+    accumulate_rows<kVecs>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c,
+                           c == 0 ? head_dim : 0);
   for (; c < head_dim; c += kLanes)
-    accumulate_rows<1>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c);
+    accumulate_rows<1>(v + c, v_stride, tokens, head_dim, p, rows, p_stride, acc + c, c == 0 ? head_dim : 0);
 }
 
 void raw_scores_half(const std::uint16_t* k, std::ptrdiff_t s, int tokens, int d, const float* q, int rows,
