@@ -42,7 +42,8 @@ class PageWriter {
       for (int slot = job_.k_first; slot < end; slot += kFeedbackKeys)
         write_feedback_keys(slot, std::min(kFeedbackKeys, end - slot));
     else
-      for (int slot = job_.k_first; slot < end; ++slot) write_key(slot, job_.k.at_position(job_.position(slot)));
+      for (int slot = job_.k_first; slot < end; ++slot)
+        write_key(slot, job_.k.at_position(job_.position(slot)));
     const bool blocks = scheme_.v.group == Group::kTokens32 && !scheme_.v.raw();
     for (int slot = job_.v_first; slot < job_.v_first + job_.v_count; slot += blocks ? kBlockTokens32 : 1)
       if (blocks)
