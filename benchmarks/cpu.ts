@@ -5,7 +5,7 @@ import { builtinSchemes, schemeNamed } from '../lib';
 import { EXIT, UsageError, count, list, text, type Command, type Values } from '../lib/cli/command';
 import { Progress, bytes } from '../lib/cli/terminal';
 import { copyBandwidth, describeMachine } from './cpu/machine';
-import { denseBytes, measureCell, measureOverhead, WINDOWS, type Cell } from './cpu/measure';
+import { chooseClock, denseBytes, measureCell, measureOverhead, WINDOWS, type Cell } from './cpu/measure';
 import { renderReport, type Report } from './cpu/report';
 import { makeWorkload, type Workload } from './cpu/workload';
 
@@ -22,6 +22,11 @@ export const cpu: Command = {
     batch: { value: 'N,…', help: 'sequences of one call', default: '1' },
     isa: { value: 'NAME,…', help: 'instruction sets (default: the best this machine runs)' },
     repeats: { value: 'N', help: 'rounds; medians are taken over them', default: '25' },
+    clock: {
+      value: 'NAME',
+      help: 'wall, or processor (one thread only) for a busy machine',
+      default: 'wall',
+    },
     out: { value: 'FILE', help: 'also write FILE.json and FILE.md' },
   },
   notes:
@@ -32,6 +37,12 @@ export const cpu: Command = {
     const threads = numbers(values, 'threads') ?? [...new Set([1, availableParallelism()])];
     const isas = list(values, 'isa') ?? [''];
     const out = text(values, 'out');
+    const clock = text(values, 'clock');
+    if (clock !== 'wall' && clock !== 'processor')
+      throw new UsageError(`--clock must be wall or processor, not "${clock ?? ''}"`);
+    if (clock === 'processor' && threads.some((one) => one > 1))
+      throw new UsageError('--clock processor needs --threads 1');
+    chooseClock(clock);
     const repeats = count(values, 'repeats');
     const workload = makeWorkload(SHAPE);
     for (const name of names) checkScheme(name, workload);
@@ -67,6 +78,7 @@ export const cpu: Command = {
 
     const report: Report = {
       benchmark: 'cpu',
+      clock,
       command: ['npm run bench --', ...process.argv.slice(2)].join(' '),
       machine: describeMachine(),
       shape: SHAPE,

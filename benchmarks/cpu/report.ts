@@ -1,10 +1,11 @@
 /** The report as markdown. */
 import { type Machine } from './machine';
-import { type Cell, type Overhead } from './measure';
+import { type Cell, type Clock, type Overhead } from './measure';
 import { type Shape } from './workload';
 
 export interface Report {
   readonly benchmark: 'cpu';
+  readonly clock: Clock;
   readonly command: string;
   readonly machine: Machine;
   readonly shape: Shape;
@@ -60,14 +61,23 @@ function renderCell(cell: Cell): string {
   return `${title}\n\n${table(titles, rows)}\n\nMedians of ${rounds} rounds.\n`;
 }
 
-export function renderReport({ command, machine, shape, windows, copy, overhead, cells }: Report): string {
+export function renderReport({
+  clock,
+  command,
+  machine,
+  shape,
+  windows,
+  copy,
+  overhead,
+  cells,
+}: Report): string {
   const { queryHeads, kvHeads, headDim } = shape;
   const first = [
     '# Decode attention and append on a processor',
     '',
     `\`${command}\`, ${machine.date}, commit ${machine.commit}`,
     '',
-    `${machine.processor}, ${machine.processors} processors, Node ${machine.versions.node ?? ''}, ${machine.versions.platform ?? ''}, load ${machine.load.toFixed(1)}`,
+    `${machine.processor}, ${machine.processors} processors, Node ${machine.versions.node ?? ''}, ${machine.versions.platform ?? ''}, load ${machine.load.toFixed(1)}; times by the ${clock} clock`,
     '',
     `One layer, one query token per sequence: ${queryHeads} query heads over ${kvHeads} KV heads of ${headDim} channels; windows of ` +
       `${windows.sink} + ${windows.recent} tokens in 16 bits. GB/s counts what the sequences hold (codes, scales, zero points, windows). ` +
