@@ -44,9 +44,14 @@ TensorSpec read_spec(const Napi::Value& value) {
 
 Basis read_basis(const Napi::Value& value) {
   const Fields fields(value, "basis");
-  Basis basis{fields.floats("mean"), fields.floats("lam"),    {},
-              fields.bytes("order"), fields.floats("metric"), fields.floats("feedback"),
-              fields.floats("pivot")};
+  Basis basis{fields.floats("mean"),
+              fields.floats("lam"),
+              {},
+              fields.bytes("order"),
+              fields.floats("metric"),
+              fields.floats("feedback"),
+              fields.floats("pivot"),
+              nullptr};
   for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
   return basis;
 }

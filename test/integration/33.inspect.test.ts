@@ -73,5 +73,5 @@ test('the model must be named, once; other commands take no operand', () => {
     expect(() => parseOptions(inspect, args)).toThrow(UsageError);
   expect(parseOptions(inspect, ['--help'])).toMatchObject({ help: true });
   expect(() => parseOptions(doctor, ['m'])).toThrow(UsageError);
-  expect(helpOf(inspect)).toContain('innerkv inspect MODEL');
+  expect(helpOf(inspect, 'innerkv')).toContain('innerkv inspect MODEL');
 });
