@@ -18,7 +18,8 @@ export interface BackendOptions {
 }
 
 export interface BackendInfo {
-  readonly kind: 'cpu';
+  readonly kind: 'cpu' | 'cuda';
+  /** Of the CPU's part of the work. */
   readonly isa: string;
   readonly threads: number;
   readonly availableIsas: readonly string[];
@@ -68,12 +69,13 @@ export function createBackendSync(options: BackendOptions = {}): Backend {
     throw invalid(`backend must be 'auto', 'cpu' or 'cuda', not '${wish}'.`);
   const native = binding();
   const cuda = native.probeCuda();
+  const usable = cuda.compiled && cuda.devices.length > 0;
   const whyNotCuda = cuda.compiled
-    ? cuda.devices.length > 0
-      ? 'this version has no CUDA kernels yet'
+    ? usable
+      ? "the CUDA kernels are proven in emulation only; ask for backend: 'cuda' to use the GPU"
       : `no usable CUDA device (${cuda.error ?? 'none found'}; driver ${cuda.driverVersion}, runtime ${cuda.runtimeVersion})`
     : 'this build has no CUDA code';
-  if (wish === 'cuda')
+  if (wish === 'cuda' && !usable)
     throw new KvError('ERR_INNERKV_UNSUPPORTED', `The CUDA backend cannot be used: ${whyNotCuda}.`, {
       details: { cuda },
     });
@@ -83,10 +85,11 @@ export function createBackendSync(options: BackendOptions = {}): Backend {
     1024,
     'threads',
   );
+  const kind = wish === 'cuda' ? 'cuda' : 'cpu';
   const queueLimit = checkInteger(options.queueLimit ?? 1024, 1, 2 ** 30, 'queueLimit');
-  const backend = new native.Backend(threads, options.isa ?? process.env.INNERKV_ISA ?? '', queueLimit);
-  const why = wish === 'cpu' ? 'asked for' : `chosen because ${whyNotCuda}`;
-  return new Backend(backend, { kind: 'cpu', ...backend.info(), cuda, why });
+  const backend = new native.Backend(threads, options.isa ?? process.env.INNERKV_ISA ?? '', queueLimit, kind);
+  const why = wish === 'auto' ? `chosen because ${whyNotCuda}` : 'asked for';
+  return new Backend(backend, { kind, ...backend.info(), cuda, why });
 }
 
 export interface DenseAttentionOptions extends DtypeOptions, AbortOptions {

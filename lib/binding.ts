@@ -190,7 +190,12 @@ export interface SupportedSpec extends TensorSpec {
 
 export interface NativeBinding {
   readonly AbortFlag: new () => NativeAbortFlag;
-  readonly Backend: new (threads: number, isa: string, queueLimit: number) => NativeBackend;
+  readonly Backend: new (
+    threads: number,
+    isa: string,
+    queueLimit: number,
+    device: 'cpu' | 'cuda',
+  ) => NativeBackend;
   readonly Cache: new (backend: NativeBackend, options: NativeCacheOptions) => NativeCache;
   readonly formatVersion: number;
   readonly pageTokens: number;

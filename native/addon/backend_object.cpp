@@ -21,10 +21,13 @@ Napi::Function BackendObject::define(Napi::Env env) {
 
 BackendObject::BackendObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<BackendObject>(info) {
   guarded(info.Env(), [&] {
+    const std::string device = info[3].ToString().Utf8Value();
+    if (device != "cpu" && device != "cuda") refuse("The device must be 'cpu' or 'cuda'.");
     const int threads = to_int(info[0], "threads"), queue_limit = to_int(info[2], "queueLimit");
     if (threads < 1 || threads > 1024) refuse("threads must lie between 1 and 1024.");
     if (queue_limit < 1) refuse("queueLimit must be positive.");
-    runtime_ = Runtime::create(info.Env(), threads, info[1].ToString().Utf8Value(), queue_limit);
+    runtime_ =
+        Runtime::create(info.Env(), device == "cuda", threads, info[1].ToString().Utf8Value(), queue_limit);
   });
 }
 
@@ -47,8 +50,8 @@ Napi::Value BackendObject::info(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const auto runtime = this->runtime();
     Napi::Object result = Napi::Object::New(info.Env());
-    result.Set("isa", runtime->backend()->isa());
-    result.Set("threads", runtime->backend()->threads());
+    result.Set("isa", runtime->cpu()->isa());
+    result.Set("threads", runtime->cpu()->threads());
     Napi::Array isas = Napi::Array::New(info.Env());
     for (const Kernels* const* table = available_kernels(); *table; ++table)
       isas.Set(isas.Length(), (*table)->isa);

@@ -3,6 +3,8 @@
 #include <optional>
 #include <utility>
 
+#include "../core/error.h"
+#include "../cuda/factory.h"
 #include "abort_object.h"
 #include "failure.h"
 
@@ -68,17 +70,28 @@ class Runtime::Call final : public Job {
   std::optional<Napi::Promise::Deferred> deferred_;
 };
 
-Runtime::Runtime(Napi::Env env, int threads, const std::string& isa, int queue_limit)
+namespace {
+std::shared_ptr<Backend> cuda_backend() {
+#ifdef INNERKV_HAS_CUDA
+  return make_cuda_backend();
+#else
+  throw Error(ErrorCode::kUnsupported, "This build has no CUDA code.");
+#endif
+}
+}  // namespace
+
+Runtime::Runtime(Napi::Env env, bool cuda, int threads, const std::string& isa, int queue_limit)
     : env_(env),
-      backend_(std::make_shared<CpuBackend>(threads, isa.empty() ? nullptr : isa.c_str())),
+      cpu_(std::make_shared<CpuBackend>(threads, isa.empty() ? nullptr : isa.c_str())),
+      backend_(cuda ? cuda_backend() : cpu_),
       queue_limit_(queue_limit),
       executor_([](void* self) { static_cast<Runtime*>(self)->notify(); }, this) {}
 
 Runtime::~Runtime() { close(); }
 
-std::shared_ptr<Runtime> Runtime::create(Napi::Env env, int threads, const std::string& isa,
+std::shared_ptr<Runtime> Runtime::create(Napi::Env env, bool cuda, int threads, const std::string& isa,
                                          int queue_limit) {
-  const std::shared_ptr<Runtime> runtime(new Runtime(env, threads, isa, queue_limit));
+  const std::shared_ptr<Runtime> runtime(new Runtime(env, cuda, threads, isa, queue_limit));
   runtime->connect();
   return runtime;
 }

@@ -34,11 +34,16 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   using Finish =
       std::function<Napi::Value(Napi::Env)>;  // on the JavaScript thread, after a run that did not fail
 
-  static std::shared_ptr<Runtime> create(Napi::Env env, int threads, const std::string& isa, int queue_limit);
+  /// `cuda`: caches live on the first GPU; otherwise on the CPU.
+  static std::shared_ptr<Runtime> create(Napi::Env env, bool cuda, int threads, const std::string& isa,
+                                         int queue_limit);
   ~Runtime();
 
-  const std::shared_ptr<CpuBackend>& backend() const { return backend_; }
-  const Kernels& kernels() const { return backend_->kernels(); }
+  /// Where caches live.
+  const std::shared_ptr<Backend>& backend() const { return backend_; }
+  /// This machine's own cores, whatever the backend is.
+  const std::shared_ptr<CpuBackend>& cpu() const { return cpu_; }
+  const Kernels& kernels() const { return cpu_->kernels(); }
   Executor& executor() { return executor_; }
   int pending() const { return pending_; }
 
@@ -51,7 +56,7 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
 
  private:
   class Call;
-  Runtime(Napi::Env env, int threads, const std::string& isa, int queue_limit);
+  Runtime(Napi::Env env, bool cuda, int threads, const std::string& isa, int queue_limit);
   void connect();
   void notify() noexcept;
   void deliver(Napi::Env env);
@@ -60,7 +65,8 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   static void on_cleanup(void* context);
 
   Napi::Env env_;
-  std::shared_ptr<CpuBackend> backend_;
+  std::shared_ptr<CpuBackend> cpu_;
+  std::shared_ptr<Backend> backend_;
   int queue_limit_;
   int pending_ = 0;  // asynchronous calls whose promise is not settled
   bool closing_ = false, closed_ = false;

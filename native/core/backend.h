@@ -125,9 +125,10 @@ class Backend {
   /// Device memory with these contents: `numbers` itself when it is that already, else a copy that stays
   /// until the next call with the same `place` (0 or 1). Throws Error{kOutOfMemory}.
   virtual const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) = 0;
-  /// Rows of `row` numbers; windows of one call do not overlap.
-  virtual void copy_rows(std::span<const RowCopy> copies, int row) = 0;
+  /// Rows of `row` numbers; windows of one call do not overlap. Takes no memory.
+  virtual void copy_rows(std::span<const RowCopy> copies, int row) noexcept = 0;
 
+  /// Writes the jobs' slots and counts their zero points; throws before it writes.
   virtual void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                         const RotationTable& rotations) = 0;
   /// Returns false when `aborted` became true before everything was computed (outputs are then unspecified).

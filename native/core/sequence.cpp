@@ -260,6 +260,7 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
           jobs.push_back(job);
         }
       for (auto& table : state.pages) table.reserve(at(end_page));
+      backend.quantise(config, jobs, cache_->rotations());  // into slots that nobody reads yet
     } catch (...) {
       for (const auto& head_pages : pages)
         for (const auto& page : head_pages)
@@ -274,7 +275,6 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   // From here on nothing fails.
   if (fresh_windows) state.windows = std::move(fresh_windows);
   for (const QuantiseJob& job : jobs) clear_removed(*job.page, job.k_first, job.k_count);
-  backend.quantise(config, jobs, cache_->rotations());
   for (const QuantiseJob& job : jobs) give_back_extents(*job.page);
   for (int head = 0; head < heads && writes; ++head) {
     auto& table = state.pages[at(head)];

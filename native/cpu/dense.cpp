@@ -28,7 +28,7 @@ void CpuBackend::copy_memory(void* to, const void* from, std::size_t bytes) noex
   std::memcpy(to, from, bytes);
 }
 const std::uint16_t* CpuBackend::stage(int, const std::uint16_t* numbers, std::size_t) { return numbers; }
-void CpuBackend::copy_rows(std::span<const RowCopy> copies, int row) {
+void CpuBackend::copy_rows(std::span<const RowCopy> copies, int row) noexcept {
   for (const RowCopy& copy : copies)
     for (int i = 0; i < copy.rows; ++i)
       std::memcpy(copy.to + std::ptrdiff_t{i} * row, copy.from + i * copy.stride,

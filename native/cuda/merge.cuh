@@ -65,11 +65,13 @@ INNERKV_DEVICE void hadamard_lanes(float (&x)[MergeLayout<kHeadDim>::kValues], i
 
 template <int kHeadDim, int kWarps>
 INNERKV_KERNEL(32 * kWarps)
-void merge_kernel(const MergeArgs args) {
+void merge_kernel(const MergeArgs* requests) {
   expect_block<32 * kWarps>();
   using Layout = MergeLayout<kHeadDim>;
   constexpr int kVector = Layout::kVector, kSteps = Layout::kSteps, kValues = Layout::kValues;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const MergeArgs args = requests[blockIdx.y];
+  if (static_cast<int>(blockIdx.x) >= args.rows) return;
   const std::size_t row = blockIdx.x, rows = static_cast<std::size_t>(args.rows);
 
   float largest = -INFINITY;

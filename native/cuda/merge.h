@@ -17,8 +17,9 @@ struct MergeArgs {
       0;  // the first so many hold values rotated by docs/format.md 5.4, which is undone here
 };
 
-/// Enqueues the merge for head_dim 64, 80, 96, 128 or 256; cudaErrorInvalidValue for another, or for splits <
-/// 1 or rotated_splits outside of 0...splits. Nothing is enqueued for rows = 0.
-cudaError_t merge_states(const MergeArgs& args, int head_dim, cudaStream_t stream);
+/// Enqueues the merge of several requests (`requests` on the device) of at most `most_rows` rows and
+/// `most_splits` splits each, for head_dim 64, 80, 96, 128 or 256; cudaErrorInvalidValue for another.
+cudaError_t merge_states(const MergeArgs* requests, int count, int most_rows, int most_splits, int head_dim,
+                         cudaStream_t stream);
 
 }  // namespace innerkv

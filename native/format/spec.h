@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 
+#include "../platform.h"
+
 namespace innerkv {
 
 inline constexpr int kPageTokens = 128;    // slots of a page
@@ -26,30 +28,32 @@ struct TensorSpec {
   Mode mode = Mode::kMidRise;
 
   constexpr bool operator==(const TensorSpec&) const = default;
-  constexpr bool raw() const { return bits == 16; }
-  constexpr int levels() const { return 1 << bits; }
-  constexpr bool dense_zeros() const { return !raw() && mode == Mode::kAsymmetric; }
-  constexpr bool compact_zeros() const {
+  constexpr INNERKV_HD bool raw() const { return bits == 16; }
+  constexpr INNERKV_HD int levels() const { return 1 << bits; }
+  constexpr INNERKV_HD bool dense_zeros() const { return !raw() && mode == Mode::kAsymmetric; }
+  constexpr INNERKV_HD bool compact_zeros() const {
     return !raw() && (mode == Mode::kHybrid || mode == Mode::kHybridReleased);
   }
   /// Slots that are quantised together: how far a window has to run full before it can flush.
-  constexpr int flush_tokens() const { return !raw() && group == Group::kTokens32 ? kBlockTokens32 : 1; }
-  constexpr bool per_token() const { return flush_tokens() == 1; }
+  constexpr INNERKV_HD int flush_tokens() const {
+    return !raw() && group == Group::kTokens32 ? kBlockTokens32 : 1;
+  }
+  constexpr INNERKV_HD bool per_token() const { return flush_tokens() == 1; }
 };
 
-constexpr bool is_head_dim(int head_dim) {
+constexpr INNERKV_HD bool is_head_dim(int head_dim) {
   for (int supported : kHeadDims)
     if (supported == head_dim) return true;
   return false;
 }
 
 /// Channels of a group that runs along the channels of one token.
-constexpr int group_channels(Group group, int head_dim) {
+constexpr INNERKV_HD int group_channels(Group group, int head_dim) {
   return group == Group::kChannels32 ? 32 : group == Group::kChannels64 ? 64 : head_dim;
 }
 
 /// Whether a key (or value) tensor may have this spec.
-constexpr bool is_supported(const TensorSpec& spec, bool value) {
+constexpr INNERKV_HD bool is_supported(const TensorSpec& spec, bool value) {
   if (spec.raw()) return spec == TensorSpec{};
   if (spec.bits != 1 && spec.bits != 2 && spec.bits != 3 && spec.bits != 4 && spec.bits != 8) return false;
   if (spec.bits == 1 && (!value || (spec.mode != Mode::kMidRise && spec.mode != Mode::kAsymmetric)))

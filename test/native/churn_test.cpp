@@ -39,7 +39,7 @@ class CountingBackend final : public Backend {
   const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
     return cpu_.stage(place, numbers, count);
   }
-  void copy_rows(std::span<const RowCopy> copies, int row) override { cpu_.copy_rows(copies, row); }
+  void copy_rows(std::span<const RowCopy> copies, int row) noexcept override { cpu_.copy_rows(copies, row); }
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override {
     cpu_.quantise(config, jobs, rotations);

@@ -41,7 +41,7 @@ class SealedBackend final : public Backend {
     copy_memory(staged.memory, numbers, 2 * count);
     return static_cast<const std::uint16_t*>(staged.memory);
   }
-  void copy_rows(std::span<const RowCopy> copies, int row) override {
+  void copy_rows(std::span<const RowCopy> copies, int row) noexcept override {
     const Opened opened(*this);
     cpu_.copy_rows(copies, row);
   }

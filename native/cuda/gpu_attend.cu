@@ -1,0 +1,279 @@
+// The attention half of gpu_backend.h.
+#include <algorithm>
+#include <map>
+#include <vector>
+
+#include "../core/error.h"
+#include "attend_any.cuh"
+#include "attend_mma.h"
+#include "device.h"
+#include "gpu_backend.h"
+#include "merge.h"
+#include "mirrors.h"
+
+namespace innerkv::gpu {
+
+namespace {
+
+/// Tiles of one task. A function of the sequence's length alone, so that results depend on nothing else.
+int run_tiles(int tiles) { return std::clamp(ceil_div(tiles, 32), 1, 32); }
+
+/// How one request is split: stored values by runs of tiles, then one split for raw values.
+struct Plan {
+  int stored_tiles, run, stored_splits, first_raw_tile, tiles;
+  explicit Plan(const HeadArgs& head)
+      : stored_tiles(ceil_div(head.v_quantised, kPageTokens)),
+        run(run_tiles(stored_tiles)),
+        stored_splits(ceil_div(stored_tiles, run)),
+        first_raw_tile(head.v_quantised / kPageTokens),
+        tiles(std::max(0, ceil_div(head.tokens - head.sink, kPageTokens))) {}
+  int splits() const { return stored_splits + 1; }
+};
+
+}  // namespace
+
+void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
+                               std::span<const AttendRequest> requests, std::span<const HeadArgs> heads) {
+  const int D = rule.head_dim, query_heads = rule.kv_heads * rule.group;
+  std::vector<TaskArgs> tasks, fast_tasks;
+  std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0;
+  int most_rows = 0, most_splits = 0, most_blocks = 0, fast_rows = 0;
+  std::size_t prepared_rows = 0;
+  for (const AttendRequest& request : requests)
+    fast_rows = std::max(fast_rows, mma_rows(rule, request.q_tokens * rule.group));
+  const auto blocks_of = [&](const Plan& plan) {
+    if (fast_rows == 0 || plan.stored_tiles == 0) return 0;
+    return rule.block_tokens > 0 ? ceil_div(plan.stored_tiles * kPageTokens, rule.block_tokens) : 1;
+  };
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const HeadArgs& first_head = heads[i * at(rule.kv_heads)];
+    const Plan plan(first_head);
+    const int rows = requests[i].q_tokens * rule.group, request = static_cast<int>(i);
+    for (int kv = 0; kv < rule.kv_heads; ++kv) {
+      const auto add = [&](std::vector<TaskArgs>& to, int rows_a_task, int begin, int end, int split,
+                           bool raw) {
+        for (int first = 0; first < rows; first += rows_a_task)
+          to.push_back({request, kv, first, std::min(rows_a_task, rows - first), begin, end, split, raw});
+      };
+      for (int split = 0; split < plan.stored_splits; ++split)
+        add(fast_rows > 0 ? fast_tasks : tasks, fast_rows > 0 ? fast_rows : kRows, split * plan.run,
+            std::min(plan.stored_tiles, (split + 1) * plan.run), split, false);
+      add(tasks, kRows, plan.first_raw_tile, plan.tiles, plan.stored_splits, true);
+    }
+    const std::size_t all = at(requests[i].q_tokens) * at(query_heads);
+    rows_in_all += all;
+    split_rows += all * at(plan.splits());
+    if (requests[i].logits) logits_in_all += all * at(first_head.tokens);
+    most_rows = std::max(most_rows, static_cast<int>(all));
+    most_splits = std::max(most_splits, plan.splits());
+    most_blocks = std::max(most_blocks, blocks_of(plan));
+    prepared_rows += all * at(blocks_of(plan));
+  }
+  auto* prepared_bytes = prepared_.reserve(prepared_rows * (2 * at(D) + sizeof(PreparedRow)));
+  auto* prepared_info = reinterpret_cast<PreparedRow*>(prepared_bytes + prepared_rows * 2 * at(D));
+  auto* partial = reinterpret_cast<float*>(work_.reserve(sizeof(float) * split_rows * at(D + 2)));
+  auto* states = reinterpret_cast<float2*>(partial + split_rows * at(D));
+  auto* results =
+      reinterpret_cast<float*>(results_.reserve(sizeof(float) * (rows_in_all * at(D + 1) + logits_in_all)));
+  Upload upload(arguments_,
+                Upload::room<TaskArgs>(tasks.size()) + Upload::room<TaskArgs>(fast_tasks.size()) +
+                    Upload::room<PreparedArgs>(requests.size()) + Upload::room<MergeArgs>(requests.size()) +
+                    Upload::room<RequestArgs>(requests.size()) + Upload::room<HeadArgs>(heads.size()) +
+                    Upload::room<float>(rows_in_all * at(D)));
+  TaskArgs *task_args, *fast_args;
+  PreparedArgs* prepared_args;
+  MergeArgs* merge_args;
+  RequestArgs* request_args;
+  HeadArgs* head_args;
+  float* q;
+  const TaskArgs* tasks_there = upload.add(tasks.size(), &task_args);
+  const TaskArgs* fast_there = upload.add(fast_tasks.size(), &fast_args);
+  const PreparedArgs* prepared_there = upload.add(requests.size(), &prepared_args);
+  const MergeArgs* merges_there = upload.add(requests.size(), &merge_args);
+  const RequestArgs* requests_there = upload.add(requests.size(), &request_args);
+  const HeadArgs* heads_there = upload.add(heads.size(), &head_args);
+  const float* q_there = upload.add(rows_in_all * at(D), &q);
+  std::copy(tasks.begin(), tasks.end(), task_args);
+  std::copy(fast_tasks.begin(), fast_tasks.end(), fast_args);
+  std::copy(heads.begin(), heads.end(), head_args);
+  std::size_t row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const AttendRequest& request = requests[i];
+    const HeadArgs& head = heads[i * at(rule.kv_heads)];
+    const Plan plan(head);
+    const std::size_t rows = at(request.q_tokens) * at(query_heads);
+    std::copy_n(request.q, rows * at(D), q + row * at(D));
+    request_args[i] = {q_there + row * at(D),       request.logits ? results + logits_at : nullptr,
+                       partial + split_row * at(D), states + split_row,
+                       static_cast<int>(rows),      request.q_tokens,
+                       request.sliding_window,      request.causal};
+    merge_args[i] = {request_args[i].partial,
+                     request_args[i].state,
+                     results + row * at(D),
+                     results + rows_in_all * at(D) + row,
+                     plan.splits(),
+                     static_cast<int>(rows),
+                     hadamard_v ? plan.stored_splits : 0};
+    prepared_args[i] = {prepared_bytes + prepared_row * 2 * at(D), prepared_info + prepared_row,
+                        blocks_of(plan)};
+    prepared_row += rows * at(blocks_of(plan));
+    row += rows;
+    split_row += rows * at(plan.splits());
+    if (request.logits) logits_at += rows * at(head.tokens);
+  }
+  upload.flush();
+  run("attend", attend_any, dim3(static_cast<unsigned>(tasks.size())), kTileThreads, sizeof(TileMemory), rule,
+      requests_there, heads_there, tasks_there);
+  if (!fast_tasks.empty())
+    device::check(attend_mma_tasks(rule, requests_there, heads_there, prepared_there,
+                                   static_cast<int>(requests.size()), most_rows, most_blocks, fast_there,
+                                   static_cast<int>(fast_tasks.size()), fast_rows, device::stream()),
+                  "attend");
+  device::check(merge_states(merges_there, static_cast<int>(requests.size()), most_rows, most_splits, D,
+                             device::stream()),
+                "merge");
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const AttendRequest& request = requests[i];
+    const std::size_t rows = at(request_args[i].rows);
+    device::copy(request.out, merge_args[i].out, sizeof(float) * rows * at(D));
+    if (request.lse) device::copy(request.lse, merge_args[i].lse, sizeof(float) * rows);
+    if (request.logits)
+      device::copy(request.logits, request_args[i].logits,
+                   sizeof(float) * rows * at(heads[i * at(rule.kv_heads)].tokens));
+  }
+  device::check(cudaSuccess, "attend");
+}
+
+bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest> requests,
+                        const RotationTable& rotations, const std::atomic<bool>* aborted) {
+  if (aborted && aborted->load(std::memory_order_relaxed)) return false;
+  if (requests.empty()) return true;
+  const LayerScheme& scheme = *requests[0].heads[0].scheme;
+  const int D = config.head_dim;
+  const PageLayout layout(scheme.k, scheme.v, D);
+  AttendRule rule;
+  rule.k = scheme.k;
+  rule.v = scheme.v;
+  rule.head_dim = D;
+  rule.kv_heads = config.kv_heads;
+  rule.group = config.group_size();
+  rule.block_tokens = scheme.k.raw() ? 0 : scheme.block_tokens;
+  rule.pairs = static_cast<int>(rotations.rope().theta.size());
+  rule.half_layout = rotations.rope().half_layout;
+  rule.hadamard_k = scheme.hadamard_k;
+  rule.scale = config.softmax_scale;
+  rule.softcap = config.softcap;
+
+  std::size_t pages = 0, extents = 0;
+  const auto pages_of = [](const HeadView& view) {
+    return ceil_div(std::max(view.k_quantised, view.v_quantised), kPageTokens);
+  };
+  for (const AttendRequest& request : requests)
+    for (const HeadView& view : request.heads)
+      for (int p = 0; p < pages_of(view); ++p, ++pages)
+        if (view.pages[p]) extents += view.pages[p]->k_zeros.size() + view.pages[p]->v_zeros.size();
+  Upload upload(pages_, Upload::room<PageArgs>(pages) + Upload::room<const std::uint16_t*>(extents));
+  PageArgs* page_args;
+  const std::uint16_t** extent_args;
+  const PageArgs* pages_there = upload.add(pages, &page_args);
+  const std::uint16_t* const* extents_there = upload.add(extents, &extent_args);
+
+  // Tables that grow move, so they grow before anything points into them.
+  std::map<int, const float*> tables;
+  const auto table_of = [&](int sink) { return tables[sink]; };
+  for (const AttendRequest& request : requests)
+    for (const HeadView& view : request.heads)
+      if (rule.block_tokens > 0 && pages_of(view) > 0)
+        tables[view.sink] = rotations_on_device(rotations, D, view.sink, rule.block_tokens,
+                                                ceil_div(pages_of(view) * kPageTokens, rule.block_tokens));
+  std::vector<HeadArgs> head_args;
+  std::size_t page = 0, extent = 0;
+  const auto add_extents = [&](const std::vector<Slot>& slots) {
+    const std::uint16_t* const* first = extents_there + extent;
+    for (const Slot& slot : slots)
+      extent_args[extent++] = reinterpret_cast<const std::uint16_t*>(slot.data());
+    return first;
+  };
+  for (const AttendRequest& request : requests) {
+    for (const HeadView& view : request.heads) {
+      if (view.scheme != &scheme) throw Error(ErrorCode::kInternal, "Requests of one call have one scheme.");
+      const int count = pages_of(view);
+      HeadArgs head{};
+      head.pages = pages_there + page;
+      for (int p = 0; p < count; ++p, ++page) {
+        PageArgs& args = page_args[page] = {};
+        const Page* held = view.pages[p].get();
+        if (!held) continue;
+        args.k = held->bytes.data() + layout.k_at();
+        args.v = held->bytes.data() + layout.v_at();
+        std::copy(std::begin(held->removed), std::end(held->removed), args.removed);
+        args.k_zeros = add_extents(held->k_zeros);
+        args.v_zeros = add_extents(held->v_zeros);
+      }
+      head.sink_k = view.sink_k;
+      head.sink_v = view.sink_v;
+      head.ring_k = view.ring_k;
+      head.ring_v = view.ring_v;
+      if (view.basis && !scheme.k.raw()) {
+        head.mean = on_device(*view.basis).mean;
+        head.lam = on_device(*view.basis).lam;
+      }
+      if (rule.block_tokens > 0 && count > 0) head.rotations = table_of(view.sink);
+      head.tokens = view.tokens;
+      head.sink = view.sink;
+      head.k_quantised = view.k_quantised;
+      head.v_quantised = view.v_quantised;
+      head.ring = view.ring;
+      head_args.push_back(head);
+    }
+  }
+  upload.flush();
+  run_attention(rule, scheme.hadamard_v && !scheme.v.raw(), requests, head_args);
+  return true;
+}
+
+void GpuBackend::attend_dense(const DenseRequest& request) {
+  const int D = request.head_dim;
+  AttendRule rule;
+  rule.float32 = !request.half;
+  rule.head_dim = D;
+  rule.kv_heads = request.kv_heads;
+  rule.group = request.query_heads / request.kv_heads;
+  rule.scale = request.scale;
+  rule.softcap = request.softcap;
+  const std::size_t number = request.half ? 2 : 4, head_bytes = number * at(request.tokens) * at(D),
+                    bytes = head_bytes * at(request.kv_heads);
+  std::uint8_t* k = dense_.reserve(2 * bytes + 16);
+  std::uint8_t* v = k + bytes;
+  device::copy(k, request.k, bytes);
+  device::copy(v, request.v, bytes);
+  const int count = ceil_div(request.tokens, kPageTokens);
+  const std::size_t pages = at(count) * at(request.kv_heads);
+  Upload upload(pages_, Upload::room<PageArgs>(pages));
+  PageArgs* page_args;
+  const PageArgs* pages_there = upload.add(pages, &page_args);
+  std::vector<HeadArgs> heads;
+  for (int kv = 0; kv < request.kv_heads; ++kv) {
+    HeadArgs head{};
+    head.pages = pages_there + std::ptrdiff_t{kv} * count;
+    head.tokens = head.k_quantised = head.v_quantised = request.tokens;
+    head.ring = 1;
+    heads.push_back(head);
+    for (int p = 0; p < count; ++p) {
+      const std::size_t offset = head_bytes * at(kv) + number * at(p) * kPageTokens * at(D);
+      page_args[kv * count + p] = {k + offset, v + offset, {0, 0}, nullptr, nullptr};
+    }
+  }
+  upload.flush();
+  AttendRequest one;
+  one.q = request.q;
+  one.out = request.out;
+  one.lse = request.lse;
+  one.logits = request.logits;
+  one.q_tokens = request.q_tokens;
+  one.sliding_window = request.sliding_window;
+  one.causal = request.causal;
+  run_attention(rule, false, std::span(&one, 1), heads);
+}
+
+}  // namespace innerkv::gpu
