@@ -377,6 +377,80 @@ std::unique_ptr<Sequence> Sequence::fork() const {
   return copy;
 }
 
+namespace {
+
+/// Calls visit(row of the ring) for the rows that `added` tokens after the first `tokens` overwrite.
+template <class Visit>
+void for_overwritten(const LayerScheme& scheme, int tokens, int sink, int added, Visit&& visit) {
+  const int ring = scheme.ring_tokens();
+  for (int i = 0; i < std::min(added, ring); ++i)
+    visit(std::max(0, tokens + i - sink) % ring);  // before the ring is used any row will do
+}
+
+}  // namespace
+
+Checkpoint Sequence::checkpoint(int added) const {
+  const CacheConfig& config = cache_->config();
+  Checkpoint point{added, {}};
+  for (int layer = 0; layer < config.layers; ++layer) {
+    const LayerState& state = layers_[at(layer)];
+    const LayerScheme& scheme = config.scheme(layer);
+    const std::size_t D = at(config.head_dim);
+    Checkpoint::Layer saved{state.tokens, state.reach, state.online, {}, {}, {}};
+    for (int head = 0; head < config.kv_heads; ++head) {
+      const Windows w = windows(state, scheme, head);
+      if (state.tokens > 0)
+        for (const std::uint16_t* ring : {w.ring_k, w.ring_v})
+          for_overwritten(scheme, state.tokens, state.reach.sink, added, [&](int row) {
+            saved.rows.insert(saved.rows.end(), ring + at(row) * D, ring + at(row + 1) * D);
+          });
+      const auto& table = state.pages[at(head)];
+      saved.pages.push_back(table.size());
+      saved.open_pages.emplace_back();
+      for (std::size_t i = at(std::min(state.reach.k, state.reach.v) / kPageTokens); i < table.size(); ++i)
+        saved.open_pages.back().push_back(
+            table[i] ? Checkpoint::ZeroCounts{table[i]->k_zero_count, table[i]->v_zero_count}
+                     : Checkpoint::ZeroCounts{0, 0});
+    }
+    point.layers.push_back(std::move(saved));
+  }
+  return point;
+}
+
+void Sequence::restore(const Checkpoint& point) noexcept {
+  const CacheConfig& config = cache_->config();
+  for (int layer = 0; layer < config.layers; ++layer) {
+    LayerState& state = layers_[at(layer)];
+    const LayerScheme& scheme = config.scheme(layer);
+    const Checkpoint::Layer& saved = point.layers[at(layer)];
+    if (state.tokens == saved.tokens) continue;
+    const std::uint16_t* rows = saved.rows.data();
+    for (int head = 0; head < config.kv_heads; ++head) {
+      const Windows w = windows(state, scheme, head);
+      if (saved.tokens > 0)
+        for (std::uint16_t* ring : {w.ring_k, w.ring_v})
+          for_overwritten(scheme, saved.tokens, saved.reach.sink, point.added, [&](int row) {
+            std::copy_n(rows, config.head_dim, ring + std::ptrdiff_t{row} * config.head_dim);
+            rows += config.head_dim;
+          });
+      auto& table = state.pages[at(head)];
+      table.resize(saved.pages[at(head)]);
+      const auto& counts = saved.open_pages[at(head)];
+      for (std::size_t i = 0; i < counts.size(); ++i) {
+        Page* page = table[table.size() - counts.size() + i].get();
+        if (!page) continue;
+        page->k_zero_count = counts[i].k;
+        page->v_zero_count = counts[i].v;
+        give_back_extents(*page);
+      }
+    }
+    state.tokens = saved.tokens;
+    state.reach = saved.reach;
+    state.online = saved.online;
+    if (saved.tokens == 0) state.windows.reset();
+  }
+}
+
 int Sequence::stored_token(const LayerState& state, const LayerScheme& scheme, int position) const {
   if (!scheme.per_token() || scheme.k.compact_zeros() || scheme.v.compact_zeros())
     throw Error(ErrorCode::kUnsupported,

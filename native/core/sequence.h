@@ -25,6 +25,23 @@ struct LayerState {
   std::size_t removed = 0;                                // tokens removed by hand, over all heads
 };
 
+/// What append() may overwrite, so that it can be undone to the bit.
+struct Checkpoint {
+  struct ZeroCounts {
+    int k, v;
+  };
+  struct Layer {
+    int tokens = 0;
+    Reach reach;
+    std::shared_ptr<const std::vector<Basis>> online;
+    std::vector<std::uint16_t> rows;                  // [kv_heads][K, V][saved][D] of the ring
+    std::vector<std::size_t> pages;                   // [kv_heads]
+    std::vector<std::vector<ZeroCounts>> open_pages;  // [kv_heads][pages that more tokens may go to]
+  };
+  int added = 0;
+  std::vector<Layer> layers;
+};
+
 /// One layer of one sequence in attendBatch.
 struct BatchItem {
   const Sequence* sequence;
@@ -48,6 +65,11 @@ class Sequence {
   /// Keeps the first `tokens` tokens of every layer that has more.
   void truncate(int tokens);
   std::unique_ptr<Sequence> fork() const;
+  /// A point to go back to from after appending at most `added` tokens to any layer.
+  Checkpoint checkpoint(int added) const;
+  /// Undoes the appends since checkpoint(); nothing else may have changed the sequence in between. Unlike
+  /// truncate() it brings back the 16-bit windows of that time.
+  void restore(const Checkpoint& point) noexcept;
   /// Requantises one stored token in all heads. k, v: [kv_heads][D] binary16 bits.
   void replace(int layer, int position, const std::uint16_t* k, const std::uint16_t* v);
   /// Forgets stored tokens of one head (or of all, head = -1). Pages with nothing left are given back.
