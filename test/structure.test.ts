@@ -85,8 +85,10 @@ test('native: includes point down', () => {
       return `core knows neither a device nor Node, but includes ${name}`;
     if (!path.startsWith('native/addon/') && /(^|\/)(napi|node_api)/.test(name))
       return `only the addon may include ${name}`;
-    if (!path.startsWith('native/cpu/isa_') && intrinsics.test(name))
-      return `intrinsics belong to native/cpu/isa_*, not ${name}`;
+    if (!/^native\/(cpu|model)\/isa_/.test(path) && intrinsics.test(name))
+      return `intrinsics belong to isa_* files, not ${name}`;
+    if (/^native\/(core|cpu)\//.test(path) && name.startsWith('model/'))
+      return `the cache knows nothing of models, but includes ${name}`;
     return;
   });
   expect(found).toEqual([]);

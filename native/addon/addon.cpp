@@ -10,6 +10,7 @@
 #include "config_reader.h"
 #include "failure.h"
 #include "instance.h"
+#include "model_object.h"
 #include "sequence_object.h"
 #include "transfer_objects.h"
 
@@ -47,6 +48,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   define("Sequence", &Instance::sequence, SequenceObject::define(env));
   define("Writer", &Instance::writer, WriterObject::define(env));
   define("Reader", &Instance::reader, ReaderObject::define(env));
+  define("Model", &Instance::model, ModelObject::define(env));
+  define("Moments", &Instance::moments, MomentsObject::define(env));
   exports.Set("setErrorFactory", Napi::Function::New(env, set_error_factory));
   exports.Set("supportedSpecs", Napi::Function::New(env, supported_specs));
   exports.Set("estimate", Napi::Function::New(env, estimate_cache));

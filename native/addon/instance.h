@@ -7,7 +7,8 @@ namespace innerkv {
 
 struct Instance {
   Napi::FunctionReference make_error;  // (code, message, details) => KvError
-  Napi::FunctionReference backend, cache, sequence, writer, reader, abort_flag;  // constructors
+  Napi::FunctionReference backend, cache, sequence, writer, reader, abort_flag, model,
+      moments;  // constructors
 
   static Instance& of(Napi::Env env) { return *env.GetInstanceData<Instance>(); }
 };

@@ -22,6 +22,7 @@ class CpuBackend final : public Backend {
   const char* isa() const { return kernels_.isa; }
   const Kernels& kernels() const { return kernels_; }
   int threads() const { return pool_.threads(); }
+  ThreadPool& pool() { return pool_; }
 
   void* allocate_memory(std::size_t bytes) override;
   void free_memory(void* memory, std::size_t bytes) noexcept override;

@@ -1,0 +1,50 @@
+// AVX2 + FMA + F16C model kernels.
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "../numerics/half.h"
+#include "kernels.h"
+
+namespace innerkv {
+namespace {
+
+constexpr int kLanes = 8, kRowTile = 4, kTokenTile = 3;
+using Vec = float __attribute__((vector_size(32)));
+using Wide = Vec;
+
+INNERKV_HD Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INNERKV_HD Vec fma8(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+INNERKV_HD Vec load_half(const std::uint8_t* at) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+INNERKV_HD float sum_lanes(Vec v) {
+  const __m256 x = (__m256)v;
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/// Pairs of products are added in 16 bits: 2 * 128 * 127 stays below 2^15.
+INNERKV_HD Wide dot_pairs(__m256i codes, __m256i x) {
+  const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1));
+  return (Wide)_mm256_cvtepi32_ps(sums);
+}
+template <class Packed>
+INNERKV_HD Wide dot_unsigned(const Packed& codes, const Packed& x) {
+  return dot_pairs((__m256i)codes, (__m256i)x);
+}
+template <class Packed>
+INNERKV_HD Wide dot_signed(const Packed& codes, const Packed& x) {
+  return dot_pairs(_mm256_abs_epi8((__m256i)codes), _mm256_sign_epi8((__m256i)x, (__m256i)codes));
+}
+
+#include "kernels.inl.h"
+
+constexpr ModelKernels kTable = table("avx2");
+
+}  // namespace
+
+const ModelKernels* avx2_model_kernels() { return &kTable; }
+
+}  // namespace innerkv

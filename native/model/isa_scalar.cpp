@@ -1,0 +1,54 @@
+// Portable model kernels: the baseline instruction set of the platform, no intrinsics.
+#include <type_traits>
+
+#include "../numerics/half.h"
+#include "kernels.h"
+
+namespace innerkv {
+namespace {
+
+constexpr int kLanes = 4, kRowTile = 4, kTokenTile = 2;
+using Vec = float __attribute__((vector_size(16)));
+
+INNERKV_HD Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+INNERKV_HD Vec load_half(const std::uint8_t* at) {
+  std::uint16_t bits[4];
+  __builtin_memcpy(bits, at, sizeof bits);
+  return Vec{half_value(bits[0]), half_value(bits[1]), half_value(bits[2]), half_value(bits[3])};
+}
+INNERKV_HD float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+using Wide = float __attribute__((vector_size(32)));
+INNERKV_HD Wide fma8(Wide a, Wide b, Wide c) { return a * b + c; }
+
+/// Products of 32 bytes with 32 signed bytes, lane l the sum of those at 4l to 4l + 3.
+template <class Code, class Packed>
+INNERKV_HD Wide dot_bytes(const Packed& codes, const Packed& x) {
+  Code c[32];
+  std::int8_t a[32];
+  __builtin_memcpy(c, &codes, 32);
+  __builtin_memcpy(a, &x, 32);
+  Wide sums;
+  for (int l = 0; l < 8; ++l)
+    sums[l] = static_cast<float>(c[4 * l] * a[4 * l] + c[4 * l + 1] * a[4 * l + 1] +
+                                 c[4 * l + 2] * a[4 * l + 2] + c[4 * l + 3] * a[4 * l + 3]);
+  return sums;
+}
+template <class Packed>
+INNERKV_HD Wide dot_unsigned(const Packed& codes, const Packed& x) {
+  return dot_bytes<std::uint8_t>(codes, x);
+}
+template <class Packed>
+INNERKV_HD Wide dot_signed(const Packed& codes, const Packed& x) {
+  return dot_bytes<std::int8_t>(codes, x);
+}
+
+#include "kernels.inl.h"
+
+constexpr ModelKernels kTable = table("scalar");
+
+}  // namespace
+
+const ModelKernels* scalar_model_kernels() { return &kTable; }
+
+}  // namespace innerkv
