@@ -154,6 +154,72 @@ export interface NativeReader {
   dispose(): void;
 }
 
+/** Shape of a model; sizes as in ModelConfig of lib/model. */
+export interface NativeModelOptions {
+  readonly layers: number;
+  readonly hidden: number;
+  readonly intermediate: number;
+  readonly queryHeads: number;
+  readonly kvHeads: number;
+  readonly headDim: number;
+  readonly vocabulary: number;
+  readonly rmsEpsilon: number;
+  readonly theta: Float64Array;
+  readonly halfLayout: boolean;
+}
+
+export interface NativeTensor {
+  /** Canonical. */
+  readonly name: string;
+  readonly type: string;
+  readonly shape: readonly number[];
+  readonly path: string;
+  readonly offset: number;
+  readonly bytes: number;
+}
+
+export interface NativeForwardItem {
+  readonly sequence: NativeSequence;
+  readonly tokens: Int32Array;
+  /** 0, 1 or as many as tokens. */
+  readonly logitRows: number;
+  readonly logits: Float32Array | undefined;
+  readonly targets: Int32Array | undefined;
+  readonly nll: Float32Array | undefined;
+}
+
+export interface NativeForwardOptions {
+  readonly chunk: number;
+  readonly step: number;
+  readonly byteActivations: boolean;
+}
+
+/** Sums over tokens: [layers][kvHeads] and then [D], [D][D], [D][D]. */
+export interface NativeMomentSums {
+  readonly tokens: number;
+  readonly keySum: Float64Array;
+  readonly keySquare: Float64Array;
+  readonly querySquare: Float64Array;
+}
+
+export interface NativeMoments {
+  read(sync: boolean, abort: Abort): Either<NativeMomentSums>;
+  dispose(): void;
+}
+
+export interface NativeModel {
+  info(): { cacheHeadDim: number; bytesPerToken: number };
+  forward(
+    sync: boolean,
+    abort: Abort,
+    items: readonly NativeForwardItem[],
+    options: NativeForwardOptions,
+    moments: NativeMoments | undefined,
+  ): Either<void>;
+  moments(skip: number): NativeMoments;
+  dispose(): void;
+}
+
 export interface NativeEstimate {
   readonly windowBytes: number;
   readonly codeBytes: number;
@@ -197,6 +263,11 @@ export interface NativeBinding {
     device: 'cpu' | 'cuda',
   ) => NativeBackend;
   readonly Cache: new (backend: NativeBackend, options: NativeCacheOptions) => NativeCache;
+  readonly Model: new (
+    backend: NativeBackend,
+    options: NativeModelOptions,
+    tensors: readonly NativeTensor[],
+  ) => NativeModel;
   readonly formatVersion: number;
   readonly pageTokens: number;
   estimate(options: NativeCacheOptions, tokens: number, sequences: number): NativeEstimate;

@@ -12,3 +12,12 @@ export type {
 export type { Architecture } from './config';
 export type { ChatMessage, ChatOptions, ChatTemplate } from './chat';
 export type { DecodeOptions, EncodeOptions, TokenStream, Tokenizer, TokenizerKind } from './tokenizer';
+export { Model, MomentsRecorder } from './runner';
+export type {
+  Activations,
+  ForwardItem,
+  ForwardOptions,
+  ModelCacheOptions,
+  ScoreItem,
+  Tokens,
+} from './runner';

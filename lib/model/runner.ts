@@ -1,0 +1,327 @@
+/** Running a model over a cache: its own matrices here, its attention in the cache's packed bits. */
+import { abortable, throwIfAborted, type AbortOptions } from '../abort';
+import { type Backend } from '../backend';
+import {
+  binding,
+  type NativeForwardItem,
+  type NativeForwardOptions,
+  type NativeModel,
+  type NativeMoments,
+  type NativeMomentSums,
+} from '../binding';
+import { KvCache, type KvCacheOptions } from '../cache';
+import { invalid } from '../errors';
+import { Lifetime, Owned } from '../lifetime';
+import { type HeadMoments, type Moments } from '../schemes/moments';
+import { ropeFrequencies, rotaryDims } from '../schemes/rope';
+import { type Sequence } from '../sequence';
+import { checkInteger } from '../tensor';
+import { openModel, type ModelConfig, type ModelFile } from './file';
+
+/**
+ * `int8`: products with few tokens round activations to 8 bits per 32 channels and use integer dot products, as decoding
+ * engines do. `float32`: nothing but the weights is rounded, and a token's result does not depend on its neighbours.
+ */
+export type Activations = 'int8' | 'float32';
+
+export interface ForwardOptions extends AbortOptions {
+  /** Default: the model's. */
+  readonly activations?: Activations;
+  /** Tokens that go through the layers together, over all sequences. Default 512. */
+  readonly chunk?: number;
+  /**
+   * Tokens of a sequence that a layer appends before it attends; default: the chunk. With 1, every query sees the cache as
+   * it was when its token was the newest: the numbers of decoding token by token, at the speed of a prefill.
+   */
+  readonly step?: number;
+  /** Collects statistics of keys and queries; see Model.moments(). */
+  readonly observe?: MomentsRecorder;
+}
+
+export type Tokens = readonly number[] | Int32Array | Uint32Array;
+
+export interface ForwardItem {
+  readonly sequence: Sequence;
+  /** At least one. */
+  readonly tokens: Tokens;
+  /** Which tokens' logits to return. Default 'last'. */
+  readonly logits?: 'last' | 'all' | 'none';
+}
+
+export interface ScoreItem {
+  readonly sequence: Sequence;
+  readonly tokens: Tokens;
+  /** What follows each token, −1 where nothing is scored. Default: the next token, and nothing after the last one. */
+  readonly targets?: readonly number[] | Int32Array;
+}
+
+export type ModelCacheOptions = Pick<KvCacheOptions, 'scheme' | 'windows' | 'memory'>;
+
+/** A model of the Llama family with its weights mapped into memory. Disposed with its backend. */
+export class Model extends Owned<NativeModel> {
+  /** @internal */
+  readonly life: Lifetime<NativeModel>;
+  readonly config: ModelConfig;
+  /** Bytes of weights that the decoding of one token reads. */
+  readonly bytesPerToken: number;
+  private readonly cacheHeadDim: number;
+
+  private constructor(
+    readonly backend: Backend,
+    readonly file: ModelFile,
+    private readonly activations: Activations,
+    native: NativeModel,
+  ) {
+    super();
+    this.life = new Lifetime(this, 'model', native, backend.life);
+    this.config = file.config;
+    ({ cacheHeadDim: this.cacheHeadDim, bytesPerToken: this.bytesPerToken } = native.info());
+  }
+
+  /**
+   * Maps the weights of a model: a path for openModel(), or what it returned. Weights stay in their stored form; the file
+   * must not shrink while the model lives.
+   * @throws ERR_INNERKV_INVALID_ARGUMENT when a tensor is missing, misplaced or of the wrong shape;
+   *   ERR_INNERKV_UNSUPPORTED for weights without kernels.
+   */
+  static async open(
+    backend: Backend,
+    file: ModelFile | string,
+    options: { readonly activations?: Activations } = {},
+  ): Promise<Model> {
+    return Promise.resolve(Model.openSync(backend, file, options));
+  }
+
+  static openSync(
+    backend: Backend,
+    file: ModelFile | string,
+    { activations = 'int8' }: { readonly activations?: Activations } = {},
+  ): Model {
+    const opened = typeof file === 'string' ? openModel(file) : file;
+    const { config } = opened;
+    const Native = binding().Model;
+    const native = new Native(
+      backend.life.use(),
+      {
+        ...config,
+        theta: ropeFrequencies(config.rope, config.headDim),
+        halfLayout: config.rope.layout === 'half',
+      },
+      [...opened.tensors].map(([name, tensor]) => ({ ...tensor, name })),
+    );
+    return new Model(backend, opened, activations, native);
+  }
+
+  /** A cache of this model's shape, with its RoPE and sliding window. Heads are padded to a size that caches have. */
+  async createCache(options: ModelCacheOptions): Promise<KvCache> {
+    return Promise.resolve(this.createCacheSync(options));
+  }
+
+  createCacheSync(options: ModelCacheOptions): KvCache {
+    return KvCache.createSync(this.backend, { ...options, ...this.cacheShape() });
+  }
+
+  /** What a cache for this model needs besides scheme, windows and memory; for KvCache.estimate() and create(). */
+  cacheShape(): Omit<KvCacheOptions, keyof ModelCacheOptions> {
+    const { layers, queryHeads, kvHeads, headDim, rope, slidingWindow = 0 } = this.config;
+    return {
+      layers,
+      queryHeads,
+      kvHeads,
+      headDim: this.cacheHeadDim,
+      rope: { ...rope, rotaryDims: rotaryDims(rope, headDim) },
+      softmaxScale: 1 / Math.sqrt(headDim),
+      slidingWindow,
+    };
+  }
+
+  /**
+   * Appends tokens to a sequence and returns logits, [1 or tokens][vocabulary], or an empty array.
+   * @throws ERR_INNERKV_OUT_OF_MEMORY, the reason of the signal, …; the sequence is then as it was before, to the bit.
+   */
+  async forward(
+    sequence: Sequence,
+    tokens: Tokens,
+    options: ForwardOptions & Pick<ForwardItem, 'logits'> = {},
+  ): Promise<Float32Array> {
+    const { logits = 'last', ...rest } = options;
+    return (await this.forwardBatch([{ sequence, tokens, logits }], rest))[0]!;
+  }
+
+  forwardSync(
+    sequence: Sequence,
+    tokens: Tokens,
+    options: ForwardOptions & Pick<ForwardItem, 'logits'> = {},
+  ): Float32Array {
+    const { logits = 'last', ...rest } = options;
+    return this.forwardBatchSync([{ sequence, tokens, logits }], rest)[0]!;
+  }
+
+  /** forward() of several sequences of one cache with one pass over the weights. */
+  async forwardBatch(items: readonly ForwardItem[], options: ForwardOptions = {}): Promise<Float32Array[]> {
+    const native = items.map((item) => this.forwardItem(item));
+    await this.run(native, options);
+    return native.map(({ logits }) => logits);
+  }
+
+  forwardBatchSync(items: readonly ForwardItem[], options: ForwardOptions = {}): Float32Array[] {
+    const native = items.map((item) => this.forwardItem(item));
+    this.runSync(native, options);
+    return native.map(({ logits }) => logits);
+  }
+
+  /**
+   * Appends tokens and returns −ln p(target) of each, in nats, 0 where nothing is scored: [tokens]. Logits stay native.
+   * With `step: 1` this is the loss of decoding through the cache.
+   */
+  async nll(
+    sequence: Sequence,
+    tokens: Tokens,
+    options: ForwardOptions & Pick<ScoreItem, 'targets'> = {},
+  ): Promise<Float32Array> {
+    const { targets, ...rest } = options;
+    return (await this.nllBatch([{ sequence, tokens, ...(targets && { targets }) }], rest))[0]!;
+  }
+
+  nllSync(
+    sequence: Sequence,
+    tokens: Tokens,
+    options: ForwardOptions & Pick<ScoreItem, 'targets'> = {},
+  ): Float32Array {
+    const { targets, ...rest } = options;
+    return this.nllBatchSync([{ sequence, tokens, ...(targets && { targets }) }], rest)[0]!;
+  }
+
+  /** nll() of several sequences of one cache with one pass over the weights. */
+  async nllBatch(items: readonly ScoreItem[], options: ForwardOptions = {}): Promise<Float32Array[]> {
+    const native = items.map((item) => this.scoreItem(item));
+    await this.run(native, options);
+    return native.map(({ nll }) => nll);
+  }
+
+  nllBatchSync(items: readonly ScoreItem[], options: ForwardOptions = {}): Float32Array[] {
+    const native = items.map((item) => this.scoreItem(item));
+    this.runSync(native, options);
+    return native.map(({ nll }) => nll);
+  }
+
+  /**
+   * A recorder of keys and queries before RoPE, to be given as `observe`. Tokens at positions below `skip` (attention
+   * sinks, whose keys are unlike all others) are left out; default 4.
+   */
+  moments(options: { readonly skip?: number } = {}): MomentsRecorder {
+    const skip = checkInteger(options.skip ?? 4, 0, 2 ** 30, 'skip');
+    return new MomentsRecorder(this, this.life.use().moments(skip));
+  }
+
+  private async run(items: NativeForwardItem[], options: ForwardOptions): Promise<void> {
+    const native = this.forwardOptions(options);
+    const moments = options.observe?.life.use();
+    await abortable(options.signal, (flag) => this.life.use().forward(false, flag, items, native, moments));
+  }
+
+  private runSync(items: NativeForwardItem[], options: ForwardOptions): void {
+    throwIfAborted(options.signal);
+    const native = this.forwardOptions(options);
+    void this.life.use().forward(true, undefined, items, native, options.observe?.life.use());
+  }
+
+  private forwardOptions(options: ForwardOptions): NativeForwardOptions {
+    const { activations = this.activations } = options;
+    if (!['int8', 'float32'].includes(activations))
+      throw invalid(`activations must be 'int8' or 'float32', not '${activations}'.`);
+    const chunk = checkInteger(options.chunk ?? 512, 1, 65536, 'chunk');
+    const step = checkInteger(options.step ?? chunk, 1, 65536, 'step');
+    return { chunk, step, byteActivations: activations === 'int8' };
+  }
+
+  private forwardItem({ sequence, tokens, logits = 'last' }: ForwardItem) {
+    if (!['last', 'all', 'none'].includes(logits))
+      throw invalid(`logits must be 'last', 'all' or 'none', not '${logits}'.`);
+    const checked = this.tokensOf(sequence, tokens);
+    const logitRows = logits === 'all' ? checked.length : logits === 'last' ? 1 : 0;
+    return {
+      sequence: sequence.life.use(),
+      tokens: checked,
+      logitRows,
+      logits: new Float32Array(logitRows * this.config.vocabulary),
+      targets: undefined,
+      nll: undefined,
+    };
+  }
+
+  private scoreItem({ sequence, tokens, targets }: ScoreItem) {
+    const checked = this.tokensOf(sequence, tokens);
+    const { vocabulary } = this.config;
+    const following = targets
+      ? Int32Array.from(targets, (target) => checkInteger(target, -1, vocabulary - 1, 'target'))
+      : Int32Array.from(checked, (_, i) => checked[i + 1] ?? -1);
+    if (following.length !== checked.length)
+      throw invalid(`There are ${following.length} targets for ${checked.length} tokens.`);
+    return {
+      sequence: sequence.life.use(),
+      tokens: checked,
+      logitRows: 0,
+      logits: undefined,
+      targets: following,
+      nll: new Float32Array(checked.length),
+    };
+  }
+
+  private tokensOf(sequence: Sequence, tokens: Tokens): Int32Array {
+    const { vocabulary, contextLength } = this.config;
+    const checked = Int32Array.from(tokens, (token) => checkInteger(token, 0, vocabulary - 1, 'token'));
+    if (checked.length === 0) throw invalid('A forward pass needs at least one token.');
+    if (sequence.length() + checked.length > contextLength)
+      throw invalid(
+        `${sequence.length()} + ${checked.length} tokens exceed the model's context of ${contextLength}.`,
+        { contextLength },
+      );
+    return checked;
+  }
+}
+
+/** Sums over observed tokens; made by Model.moments(). Disposed with its model. */
+export class MomentsRecorder extends Owned<NativeMoments> {
+  /** @internal */
+  readonly life: Lifetime<NativeMoments>;
+  private readonly shape: { readonly kvHeads: number; readonly headDim: number; readonly group: number };
+
+  /** @internal */
+  constructor(model: Model, native: NativeMoments) {
+    super();
+    this.life = new Lifetime(this, 'moments', native, model.life);
+    const { kvHeads, headDim, queryHeads } = model.config;
+    this.shape = { kvHeads, headDim, group: queryHeads / kvHeads };
+  }
+
+  /** The moments of everything observed so far, for schemes.calibrated(). Throws when nothing was. */
+  async read(options: AbortOptions = {}): Promise<Moments & { readonly tokens: number }> {
+    return this.momentsOf(await abortable(options.signal, (flag) => this.life.use().read(false, flag)));
+  }
+
+  readSync(): Moments & { readonly tokens: number } {
+    return this.momentsOf(this.life.use().read(true, undefined) as NativeMomentSums);
+  }
+
+  private momentsOf({ tokens, keySum, keySquare, querySquare }: NativeMomentSums) {
+    if (tokens === 0) throw invalid('No token was observed yet.');
+    const { kvHeads, headDim, group } = this.shape;
+    const square = headDim ** 2;
+    const mean = (sums: Float64Array, head: number, size: number, count: number) =>
+      sums.slice(head * size, (head + 1) * size).map((sum) => sum / count);
+    const layers = keySum.length / kvHeads / headDim;
+    const headAt = (head: number): HeadMoments => ({
+      keyMean: mean(keySum, head, headDim, tokens),
+      keyMoment: mean(keySquare, head, square, tokens),
+      queryMoment: mean(querySquare, head, square, tokens * group),
+    });
+    const heads = (layer: number) => Array.from({ length: kvHeads }, (_, i) => headAt(layer * kvHeads + i));
+    return {
+      kvHeads,
+      headDim,
+      tokens,
+      layers: new Map(Array.from({ length: layers }, (_, layer) => [layer, heads(layer)])),
+    };
+  }
+}
