@@ -18,6 +18,7 @@ export type {
   ForwardItem,
   ForwardOptions,
   ModelCacheOptions,
+  ModelWeights,
   ScoreItem,
   Tokens,
 } from './runner';

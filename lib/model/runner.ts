@@ -55,6 +55,9 @@ export interface ScoreItem {
   readonly targets?: readonly number[] | Int32Array;
 }
 
+/** The part of a model's file that running it needs. */
+export type ModelWeights = Pick<ModelFile, 'config' | 'tensors'>;
+
 export type ModelCacheOptions = Pick<KvCacheOptions, 'scheme' | 'windows' | 'memory'>;
 
 /** A model of the Llama family with its weights mapped into memory. Disposed with its backend. */
@@ -68,7 +71,7 @@ export class Model extends Owned<NativeModel> {
 
   private constructor(
     readonly backend: Backend,
-    readonly file: ModelFile,
+    readonly file: ModelWeights,
     private readonly activations: Activations,
     native: NativeModel,
   ) {
@@ -86,7 +89,7 @@ export class Model extends Owned<NativeModel> {
    */
   static async open(
     backend: Backend,
-    file: ModelFile | string,
+    file: ModelWeights | string,
     options: { readonly activations?: Activations } = {},
   ): Promise<Model> {
     return Promise.resolve(Model.openSync(backend, file, options));
@@ -94,7 +97,7 @@ export class Model extends Owned<NativeModel> {
 
   static openSync(
     backend: Backend,
-    file: ModelFile | string,
+    file: ModelWeights | string,
     { activations = 'int8' }: { readonly activations?: Activations } = {},
   ): Model {
     const opened = typeof file === 'string' ? openModel(file) : file;

@@ -18,6 +18,12 @@ INNERKV_HD Vec fma8(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 INNERKV_HD Vec load_half(const std::uint8_t* at) {
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 }
+INNERKV_HD float half_at(const std::uint8_t* at) { return _cvtsh_ss(load_as<std::uint16_t>(at)); }
+template <bool kSigned>
+INNERKV_HD Vec widen(const std::uint8_t* codes) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  return (Vec)_mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+}
 INNERKV_HD float sum_lanes(Vec v) {
   const __m256 x = (__m256)v;
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -20,6 +20,12 @@ INNERKV_HD Wide fma8(Wide a, Wide b, Wide c) {
 INNERKV_HD Vec load_half(const std::uint8_t* at) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
+INNERKV_HD float half_at(const std::uint8_t* at) { return _cvtsh_ss(load_as<std::uint16_t>(at)); }
+template <bool kSigned>
+INNERKV_HD Vec widen(const std::uint8_t* codes) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  return (Vec)_mm512_cvtepi32_ps(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+}
 INNERKV_HD float sum_lanes(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 
 template <class Packed>

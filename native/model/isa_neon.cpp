@@ -29,6 +29,14 @@ INNERKV_HD Wide fma8(Wide a, Wide b, Wide c) {
 INNERKV_HD Vec load_half(const std::uint8_t* at) {
   return (Vec)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(at)));
 }
+INNERKV_HD float half_at(const std::uint8_t* at) { return half_value(load_as<std::uint16_t>(at)); }
+template <bool kSigned>
+INNERKV_HD Vec widen(const std::uint8_t* codes) {
+  Vec values;
+  for (int i = 0; i < kLanes; ++i)
+    values[i] = static_cast<float>(kSigned ? static_cast<std::int8_t>(codes[i]) : codes[i]);
+  return values;
+}
 INNERKV_HD float sum_lanes(Vec v) { return vaddvq_f32((float32x4_t)v); }
 
 // Unsigned codes have at most 6 bits here, so they are signed bytes too.

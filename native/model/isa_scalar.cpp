@@ -16,6 +16,14 @@ INNERKV_HD Vec load_half(const std::uint8_t* at) {
   __builtin_memcpy(bits, at, sizeof bits);
   return Vec{half_value(bits[0]), half_value(bits[1]), half_value(bits[2]), half_value(bits[3])};
 }
+INNERKV_HD float half_at(const std::uint8_t* at) { return half_value(load_as<std::uint16_t>(at)); }
+template <bool kSigned>
+INNERKV_HD Vec widen(const std::uint8_t* codes) {
+  Vec values;
+  for (int i = 0; i < kLanes; ++i)
+    values[i] = static_cast<float>(kSigned ? static_cast<std::int8_t>(codes[i]) : codes[i]);
+  return values;
+}
 INNERKV_HD float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 using Wide = float __attribute__((vector_size(32)));

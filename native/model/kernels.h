@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../platform.h"
 #include "tensor_type.h"
 
 namespace innerkv {
@@ -13,6 +14,13 @@ inline constexpr int kActivationGroup = 32;  // activations that share a step
 inline constexpr int kFloatPadding = 16;     // rows of floats are padded with zeros to a multiple of it
 
 constexpr int padded(int columns) { return (columns + kFloatPadding - 1) / kFloatPadding * kFloatPadding; }
+
+template <class T>
+INNERKV_HD T load_as(const void* at) {
+  T value;
+  __builtin_memcpy(&value, at, sizeof value);
+  return value;
+}
 
 /// Activations in 8 bits: x = step * code, one step per 32 columns.
 struct ByteActivations {

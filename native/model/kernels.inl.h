@@ -6,15 +6,6 @@ using Bytes = std::uint8_t __attribute__((vector_size(32)));
 using Bytes16 = std::uint8_t __attribute__((vector_size(16)));
 using Floats8 = float __attribute__((vector_size(32)));
 
-template <class T>
-INNERKV_HD T load_as(const void* at) {
-  T value;
-  __builtin_memcpy(&value, at, sizeof value);
-  return value;
-}
-
-INNERKV_HD float half_at(const std::uint8_t* at) { return half_value(load_as<std::uint16_t>(at)); }
-
 // ---- blocks of 32 codes: value = scale[h] * code + offset[h], h = 0 for the first 16 and 1 for the others
 // ----
 
@@ -153,13 +144,12 @@ void dequantise(TensorType type, const std::uint8_t* blocks, int count, float* o
   with_type(type, [&](auto known) {
     using B = Block<known.value>;
     for_parts<known.value>(blocks, count, [&](const Codes& part, int first) {
-      using Code = std::conditional_t<B::kSigned, std::int8_t, std::uint8_t>;
-      Code codes[32];
+      std::uint8_t codes[32];
       __builtin_memcpy(codes, &part.codes, 32);
-      for (int half = 0; half < 2; ++half)
-        for (int i = 0; i < 16; ++i)
-          out[first + 16 * half + i] =
-              static_cast<float>(codes[16 * half + i]) * part.scale[half] + part.offset[half];
+      for (int i = 0; i < 32; i += kLanes) {
+        const Vec values = widen<B::kSigned>(codes + i) * part.scale[i / 16] + part.offset[i / 16];
+        __builtin_memcpy(out + first + i, &values, sizeof values);
+      }
     });
   });
 }
