@@ -1,0 +1,101 @@
+import { readFileSync } from 'node:fs';
+import { schemes } from '../../lib';
+import { Model, openModel } from '../../lib/model';
+import { parseMoments } from '../../lib/schemes/moments';
+import { decodeFloats, readSafetensors } from '../../lib/schemes/safetensors';
+import { dataPath, describeWithData } from '../support/data';
+import { backendOf, disposeBackends } from '../support/native';
+
+// A real model against recorded runs of other code in float32, whose cache was float32 too.
+
+const files = {
+  model: 'models/smollm2-135m/smollm2-135m-instruct.q4_1.gguf',
+  golden: 'golden/smollm2_wikitext2.safetensors',
+  moments: 'activations/smollm2_moments_wiki2048.safetensors',
+  text: 'texts/calibration/wiki.utf8',
+};
+const WINDOW = 2048;
+
+afterAll(disposeBackends);
+
+const perplexity = (nll: Iterable<number>) => {
+  const all = [...nll];
+  return Math.exp(all.reduce((a, b) => a + b, 0) / all.length);
+};
+const off = (actual: number, expected: number) => Math.abs(actual / expected - 1);
+
+describeWithData('SmolLM2-135M', Object.values(files), () => {
+  const backend = backendOf('', 2);
+  const file = openModel(dataPath(files.model));
+  const golden = readSafetensors(dataPath(files.golden));
+  const tensor = (name: string) => golden.tensors.get(name)!;
+  const ids = new Int32Array(Uint8Array.from(tensor('token_ids').bytes).buffer);
+  const windows = Array.from({ length: 4 }, (_, i) => ids.subarray(i * WINDOW, (i + 1) * WINDOW));
+  const recorded = decodeFloats(tensor('nll'))!;
+  const recordedOf = (window: number) =>
+    recorded.subarray(window * (WINDOW - 1), (window + 1) * (WINDOW - 1));
+  const cacheOptions = { scheme: schemes.fp16(), memory: '2GiB' };
+
+  test('perplexity of four windows of WikiText-2, float32 activations', async () => {
+    using model = await Model.open(backend, file, { activations: 'float32' });
+    using cache = await model.createCache(cacheOptions);
+    const items = windows.map((tokens) => ({ sequence: cache.sequence(), tokens }));
+    const nll = (await model.nllBatch(items)).map((losses) => losses.subarray(0, WINDOW - 1));
+    const halves = nll.map((losses) => losses.subarray(WINDOW / 2 - 1));
+    expect(off(perplexity(nll[0]!), 15.147)).toBeLessThan(0.003);
+    expect(off(perplexity(halves[0]!), 16.287)).toBeLessThan(0.003);
+    expect(off(perplexity(nll.flatMap((losses) => [...losses])), 24.1452)).toBeLessThan(0.003);
+    expect(off(perplexity(halves.flatMap((losses) => [...losses])), 20.3816)).toBeLessThan(0.003);
+    // Keys and values are binary16 here: single losses move, none of them far.
+    const worst = nll.map((losses, w) =>
+      Math.max(...losses.map((loss, i) => Math.abs(loss - recordedOf(w)[i]!))),
+    );
+    expect(Math.max(...worst)).toBeLessThan(0.05);
+  }, 300_000);
+
+  test('logits at a recorded position, and decoding with 8-bit activations', async () => {
+    using model = await Model.open(backend, file);
+    using cache = await model.createCache(cacheOptions);
+    using sequence = cache.sequence();
+    const position = new Int32Array(Uint8Array.from(tensor('positions').bytes).buffer)[0]!;
+    const prompt = windows[0]!.subarray(0, position + 1);
+    const logits = await model.forward(sequence, prompt, { activations: 'float32' });
+    const expected = decodeFloats(tensor('logits'))!.subarray(0, model.config.vocabulary);
+    const squares = (values: ArrayLike<number>) => Array.from(values).reduce((a, x) => a + x * x, 0);
+    expect(Math.sqrt(squares(logits.map((x, i) => x - expected[i]!)) / squares(expected))).toBeLessThan(
+      0.002,
+    );
+
+    const nll: number[] = [];
+    using decoding = cache.sequence();
+    for (let i = 0; i < 96; i++)
+      nll.push((await model.nll(decoding, [windows[0]![i]!], { targets: [windows[0]![i + 1]!] }))[0]!);
+    expect(off(perplexity(nll), perplexity(recordedOf(0).subarray(0, 96)))).toBeLessThan(0.01);
+  }, 300_000);
+
+  test('calibration moments of the first 2,048 tokens of a text', async () => {
+    using model = await Model.open(backend, file, { activations: 'float32' });
+    using cache = await model.createCache(cacheOptions);
+    const text = readFileSync(dataPath(files.text), 'utf8').slice(0, 20_000);
+    const tokens = file.tokenizer.encode(text).slice(0, WINDOW);
+    using recorder = model.moments();
+    await model.forward(cache.sequence(), tokens, { observe: recorder, logits: 'none' });
+    const { layers } = await recorder.read();
+    const theirs = parseMoments(readSafetensors(dataPath(files.moments)));
+    expect(layers.size).toBe(30);
+    const error = (actual: ArrayLike<number>, expected: ArrayLike<number>) => {
+      let [difference, size] = [0, 0];
+      for (let i = 0; i < expected.length; i++) {
+        difference += (actual[i]! - expected[i]!) ** 2;
+        size += expected[i]! ** 2;
+      }
+      return Math.sqrt(difference / size);
+    };
+    for (const [layer, heads] of theirs.layers)
+      heads.forEach((head, h) => {
+        const ours = layers.get(layer)![h]!;
+        for (const part of ['keyMean', 'keyMoment', 'queryMoment'] as const)
+          expect(error(ours[part], head[part])).toBeLessThan(4e-3); // eight units of the binary16 that keys and values pass through
+      });
+  }, 300_000);
+});
