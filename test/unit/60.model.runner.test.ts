@@ -250,7 +250,11 @@ describe('a forward pass that fails changes nothing', () => {
     const grown = roomy.sequence();
     native.forwardSync(grown, tokens.slice(0, 150), { logits: 'none' });
     const { usedBytes } = roomy.stats();
-    using tight = native.createCacheSync({ ...options, memory: usedBytes });
+    using larger = roomy.sequence();
+    native.forwardSync(larger, tokens, { logits: 'none' });
+    // Enough for more than the first layer and for less than both.
+    const memory = usedBytes + 0.75 * (roomy.stats().usedBytes - 2 * usedBytes);
+    using tight = native.createCacheSync({ ...options, memory: Math.floor(memory) });
     const sequence = tight.sequence();
     native.forwardSync(sequence, tokens.slice(0, 150), { logits: 'none' });
     await expect(native.forward(sequence, tokens.slice(150))).rejects.toThrow(
