@@ -379,12 +379,15 @@ std::unique_ptr<Sequence> Sequence::fork() const {
 
 namespace {
 
-/// Calls visit(row of the ring) for the rows that `added` tokens after the first `tokens` overwrite.
+/// Calls visit(first row, rows) for the pieces of a ring that `added` tokens after the first `tokens`
+/// overwrite.
 template <class Visit>
 void for_overwritten(const LayerScheme& scheme, int tokens, int sink, int added, Visit&& visit) {
-  const int ring = scheme.ring_tokens();
-  for (int i = 0; i < std::min(added, ring); ++i)
-    visit(std::max(0, tokens + i - sink) % ring);  // before the ring is used any row will do
+  const int ring = scheme.ring_tokens(), first = std::max(0, tokens - sink) % ring;
+  const int count = std::min(std::max(0, added - std::max(0, sink - tokens)), ring);
+  const int before_end = std::min(count, ring - first);
+  if (before_end > 0) visit(first, before_end);
+  if (count > before_end) visit(0, count - before_end);
 }
 
 }  // namespace
@@ -401,8 +404,10 @@ Checkpoint Sequence::checkpoint(int added) const {
       const Windows w = windows(state, scheme, head);
       if (state.tokens > 0)
         for (const std::uint16_t* ring : {w.ring_k, w.ring_v})
-          for_overwritten(scheme, state.tokens, state.reach.sink, added, [&](int row) {
-            saved.rows.insert(saved.rows.end(), ring + at(row) * D, ring + at(row + 1) * D);
+          for_overwritten(scheme, state.tokens, state.reach.sink, added, [&](int first, int rows) {
+            const std::size_t old = saved.rows.size(), count = at(rows) * D;
+            saved.rows.resize(old + count);
+            cache_->backend().copy_memory(saved.rows.data() + old, ring + at(first) * D, 2 * count);
           });
       const auto& table = state.pages[at(head)];
       saved.pages.push_back(table.size());
@@ -429,9 +434,10 @@ void Sequence::restore(const Checkpoint& point) noexcept {
       const Windows w = windows(state, scheme, head);
       if (saved.tokens > 0)
         for (std::uint16_t* ring : {w.ring_k, w.ring_v})
-          for_overwritten(scheme, saved.tokens, saved.reach.sink, point.added, [&](int row) {
-            std::copy_n(rows, config.head_dim, ring + std::ptrdiff_t{row} * config.head_dim);
-            rows += config.head_dim;
+          for_overwritten(scheme, saved.tokens, saved.reach.sink, point.added, [&](int first, int count) {
+            const std::size_t numbers = at(count) * at(config.head_dim);
+            cache_->backend().copy_memory(ring + std::ptrdiff_t{first} * config.head_dim, rows, 2 * numbers);
+            rows += numbers;
           });
       auto& table = state.pages[at(head)];
       table.resize(saved.pages[at(head)]);
