@@ -254,6 +254,7 @@ void integer_dot(const IntegerDotArgs& args) {
   with_type(args.type, [&](auto known) {
     int vector = 0;
     for (; vector + 4 <= args.vectors; vector += 4) integer_rows<known.value, 4>(args, vector);
+    for (; vector + 2 <= args.vectors; vector += 2) integer_rows<known.value, 2>(args, vector);
     for (; vector < args.vectors; ++vector) integer_rows<known.value, 1>(args, vector);
   });
 }

@@ -36,7 +36,7 @@ struct Product {
 
 /// Tokens up to which 8-bit activations are used when the caller allows them: beyond, a dequantised weight
 /// serves so many tokens that float32 products are as fast.
-inline constexpr int kMaxByteTokens = 16;
+inline constexpr int kMaxByteTokens = 8;
 
 class Multiplier {
  public:
