@@ -99,3 +99,21 @@ describeWithData('SmolLM2-135M', Object.values(files), () => {
       });
   }, 300_000);
 });
+
+describeWithData('stories260K: heads of 8 channels', ['models/stories260K/stories260K.bin'], () => {
+  test('greedy text is the recorded one', async () => {
+    const file = openModel(dataPath('models/stories260K/stories260K.bin'));
+    using model = await Model.open(backendOf('', 2), file);
+    using cache = await model.createCache({ scheme: schemes.fp16(), memory: '64MiB' });
+    using sequence = cache.sequence();
+    const text = [file.config.bos ?? 1];
+    while (text.length <= 70) {
+      const logits = await model.forward(sequence, text.slice(-1));
+      text.push(logits.indexOf(Math.max(...logits)));
+    }
+    expect(file.tokenizer.decode(text.slice(1))).toBe(
+      'Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw ' +
+        'a big, red ball. She wanted to play with it, but it was too high.\nLily\'s mom said, "',
+    );
+  });
+});
