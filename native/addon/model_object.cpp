@@ -117,7 +117,7 @@ ModelObject::ModelObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Mode
     auto made = std::make_unique<RunnerHandle>();
     made->runtime = runtime;
     auto model = std::make_shared<const Model>(read_model(info[1]), read_places(info[2]));
-    made->core = std::make_unique<Runner>(std::move(model), runtime->backend());
+    made->core = std::make_unique<Runner>(std::move(model), runtime->cpu());
     handle_ = hold(runtime, std::move(made));
   });
 }
