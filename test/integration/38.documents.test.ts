@@ -18,13 +18,13 @@ test('the example of the README runs', async () => {
 
 test('the examples of docs/api.md run, and print what they say', async () => {
   const printed = await runProgram(programs.get('docs/api.md')!, innerkv);
-  expect(printed).toEqual([
+  // The abort may come too late: that call is then simply done.
+  expect(printed.filter((line) => line !== 'not needed any more')).toEqual([
     expect.stringMatching(/\w/),
     expect.stringMatching(/^0\.\d+ 3\.25$/),
     expect.stringContaining('integer dot products'),
     '300 32 172',
     '512 1024',
-    'not needed any more',
     expect.stringMatching(/^ERR_INNERKV_INVALID_ARGUMENT /),
     '256',
   ]);
