@@ -22,3 +22,16 @@ export type {
   ScoreItem,
   Tokens,
 } from './runner';
+export { Generation } from './generate';
+export type {
+  BatchSummary,
+  EndReason,
+  GenerateOneOptions,
+  GenerateOptions,
+  GeneratedText,
+  GeneratedToken,
+  GenerationCost,
+  GenerationSummary,
+  Prompt,
+} from './generate';
+export type { SamplerOptions } from './sampler';

@@ -17,6 +17,16 @@ import { ropeFrequencies, rotaryDims } from '../schemes/rope';
 import { type Sequence } from '../sequence';
 import { checkInteger } from '../tensor';
 import { openModel, type ModelConfig, type ModelFile } from './file';
+import {
+  generate,
+  generateBatch,
+  type BatchSummary,
+  type GenerateOneOptions,
+  type GenerateOptions,
+  type Generation,
+  type GenerationSummary,
+  type Prompt,
+} from './generate';
 
 /**
  * `int8`: products with few tokens round activations to 8 bits per 32 channels and use integer dot products, as decoding
@@ -55,8 +65,9 @@ export interface ScoreItem {
   readonly targets?: readonly number[] | Int32Array;
 }
 
-/** The part of a model's file that running it needs. */
-export type ModelWeights = Pick<ModelFile, 'config' | 'tensors'>;
+/** The part of a model's file that running it needs; texts need its tokenizer, and conversations its chat template. */
+export type ModelWeights = Pick<ModelFile, 'config' | 'tensors'> &
+  Partial<Pick<ModelFile, 'tokenizer' | 'chat'>>;
 
 export type ModelCacheOptions = Pick<KvCacheOptions, 'scheme' | 'windows' | 'memory'>;
 
@@ -206,6 +217,22 @@ export class Model extends Owned<NativeModel> {
     const native = items.map((item) => this.scoreItem(item));
     this.runSync(native, options);
     return native.map(({ nll }) => nll);
+  }
+
+  /**
+   * Generates text in a cache of its own, or in the one that is given: `for await (const token of model.generate(…))`.
+   * @throws at once for a prompt or an option that is wrong; while iterating what forward() throws.
+   */
+  generate(prompt: Prompt, options: GenerateOneOptions = {}): Generation<GenerationSummary> {
+    return generate(this, prompt, options);
+  }
+
+  /**
+   * generate() of several prompts with one pass over the weights per step; `index` of a token says whose it is. Prompt i
+   * draws its random numbers from stream i of the seed.
+   */
+  generateBatch(prompts: readonly Prompt[], options: GenerateOptions = {}): Generation<BatchSummary> {
+    return generateBatch(this, prompts, options);
   }
 
   /**
