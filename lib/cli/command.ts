@@ -6,10 +6,12 @@ export interface Option {
   readonly value?: string;
   readonly help: string;
   readonly default?: string;
+  /** May be given several times. */
+  readonly many?: boolean;
 }
 
 /** What was given on the command line, defaults filled in. */
-export type Values = Readonly<Record<string, string | boolean | undefined>>;
+export type Values = Readonly<Record<string, string | boolean | readonly string[] | undefined>>;
 
 export interface Command {
   readonly name: string;
@@ -41,9 +43,9 @@ function allOptions(command: Command): Readonly<Record<string, Option>> {
 
 export function parseOptions(command: Command, args: readonly string[]): Values {
   const options = Object.fromEntries(
-    Object.entries(allOptions(command)).map(([name, { value }]) => [
+    Object.entries(allOptions(command)).map(([name, { value, many = false }]) => [
       name,
-      { type: value === undefined ? ('boolean' as const) : ('string' as const) },
+      { type: value === undefined ? ('boolean' as const) : ('string' as const), multiple: many },
     ]),
   );
   const { operand } = command;
@@ -76,6 +78,29 @@ export function text(values: Values, name: string): string | undefined {
   const value = values[name];
   if (value === '') throw new UsageError(`--${name} needs a value`);
   return typeof value === 'string' ? value : undefined;
+}
+
+/** The value of an option that a command cannot do without. */
+export function required(values: Values, name: string): string {
+  const value = text(values, name);
+  if (value === undefined) throw new UsageError(`--${name} is missing`);
+  return value;
+}
+
+/** All values of an option that may be given several times. */
+export function texts(values: Values, name: string): readonly string[] {
+  const value = values[name];
+  return Array.isArray(value) ? (value as readonly string[]) : [];
+}
+
+/** A number from `low` to `high`; undefined where the option is absent. */
+export function number(values: Values, name: string, low: number, high: number): number | undefined {
+  const given = text(values, name);
+  if (given === undefined) return undefined;
+  const value = /^-?\d+(\.\d*)?$|^-?\.\d+$/.test(given) ? Number(given) : NaN;
+  if (!(value >= low && value <= high))
+    throw new UsageError(`--${name} must be a number from ${low} to ${high}, not "${given}"`);
+  return value;
 }
 
 /** A whole number of at least 1, with an optional suffix K, M or G (1024, 1024², 1024³). */

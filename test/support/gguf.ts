@@ -1,6 +1,6 @@
 /** Writes GGUF files, right ones and wrong ones; and a tiny model with a byte-level vocabulary. */
 import { blocks, type StoredType } from '../reference/dequantise';
-import { type Random } from './random';
+import { Random } from './random';
 
 /** Numbers of the metadata's types. */
 export const valueTypes = {
@@ -205,4 +205,18 @@ export function tinyGguf(
   const metadata = all.flatMap((entry) => (entry[0] in changes ? [] : [entry]));
   metadata.push(...Object.values(changes).filter((entry) => entry !== undefined));
   return writeGguf({ metadata, tensors: tensors(tinyTensors()), ...parts });
+}
+
+/** The tiny model with weights that make sense: it writes chance, but it runs. */
+export function runnableGguf(): Uint8Array {
+  const random = new Random(3);
+  return tinyGguf({}, (tensors) =>
+    tensors.map((one) => {
+      const shape = one.shape.map(Number);
+      const count = shape.reduce((a, b) => a * b, 1);
+      const spread = one.name === 'token_embd.weight' ? 1 : 1 / Math.sqrt(shape[1] ?? 1);
+      const data = shape.length === 1 ? new Float32Array(count).fill(1) : random.gaussians(count, spread);
+      return { ...one, type: typeNumbers.F32, data: new Uint8Array(data.buffer) };
+    }),
+  );
 }
