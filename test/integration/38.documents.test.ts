@@ -1,14 +1,24 @@
 /** What the documents say: their code compiles under the project's rules and runs, and their tables are whole. */
-import { readFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import * as innerkv from '../../lib';
 import { programOf, runProgram, typeErrors } from '../support/documents';
+import { runnableGguf } from '../support/gguf';
 
-const pages = ['README.md', 'docs/api.md'];
-const programs = new Map(pages.map((page) => [page, programOf(page)]));
+const pages = ['README.md', 'docs/api.md', 'docs/runner.md'];
+const folder = mkdtempSync(join(tmpdir(), 'innerkv-'));
+const model = join(folder, 'model.gguf');
+beforeAll(() => writeFileSync(model, runnableGguf()));
+afterAll(() => rmSync(folder, { recursive: true }));
+
+// What is a file in the reader's folder is a tiny model here.
+const programs = new Map(
+  pages.map((page) => [page, programOf(page).replaceAll("'model.gguf'", JSON.stringify(model))]),
+);
 
 test('the examples compile', () => {
-  expect([...programs.values()].every((text) => text.includes('KvCache.create'))).toBe(true);
+  expect([...programs.values()].every((text) => /\bcreate(Cache)?\(/.test(text))).toBe(true);
   expect(typeErrors(programs)).toEqual([]);
 }, 60_000);
 
@@ -27,6 +37,13 @@ test('the examples of docs/api.md run, and print what they say', async () => {
     '512 1024',
     expect.stringMatching(/^ERR_INNERKV_INVALID_ARGUMENT /),
     '256',
+  ]);
+});
+
+test('the examples of docs/runner.md run', async () => {
+  await expect(runProgram(programs.get('docs/runner.md')!, innerkv)).resolves.toEqual([
+    expect.stringMatching(/^maxTokens 40 3\.25 \d+$/),
+    '3 7',
   ]);
 });
 
