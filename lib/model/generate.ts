@@ -1,18 +1,15 @@
 /** Generating text: prefill, decode, sample, stream, stop; of one prompt or of many with one pass over the weights. */
 import { throwIfAborted } from '../abort';
 import { KvCache, type KvCacheOptions } from '../cache';
-import { invalid, KvError } from '../errors';
+import { invalid } from '../errors';
 import { schemes } from '../schemes';
 import { type Sequence } from '../sequence';
 import { checkInteger } from '../tensor';
-import { type ChatMessage } from './chat';
-import { type ForwardOptions, type Model, type ModelWeights, type Tokens } from './runner';
+import { isConversation, tokenizerOf, tokensOf, type Prompt } from './prompt';
+import { type ForwardOptions, type Model } from './runner';
 import { Sampler, samplerSettings, type SamplerOptions, type SamplerSettings } from './sampler';
 import { StopFilter } from './stop';
 import { type Tokenizer, type TokenStream } from './tokenizer';
-
-/** A text, its tokens, or a conversation for the model's chat template. */
-export type Prompt = string | Tokens | readonly ChatMessage[];
 
 export interface GenerateOptions
   extends SamplerOptions, Pick<ForwardOptions, 'activations' | 'chunk' | 'step' | 'signal'> {
@@ -375,37 +372,4 @@ class Row {
 /** Callers in plain JavaScript may give a text. */
 function isList(value: unknown): boolean {
   return Array.isArray(value);
-}
-
-function isConversation(prompt: Prompt): prompt is readonly ChatMessage[] {
-  return Array.isArray(prompt) && typeof prompt[0] === 'object';
-}
-
-/** Tokens can be generated without a tokenizer, texts cannot. */
-function tokenizerOf(file: ModelWeights, needed: boolean): Tokenizer | undefined {
-  try {
-    const { tokenizer } = file;
-    if (tokenizer || !needed) return tokenizer;
-  } catch (error) {
-    if (needed || !(error instanceof KvError)) throw error;
-    return undefined;
-  }
-  throw new KvError('ERR_INNERKV_UNSUPPORTED', 'This model was opened without a tokenizer; give it tokens.');
-}
-
-function tokensOf(
-  file: ModelWeights,
-  tokenizer: Tokenizer | undefined,
-  prompt: Prompt,
-  continues: boolean,
-): number[] {
-  if (typeof prompt === 'string') return [...tokenizer!.encode(prompt, continues ? { bos: false } : {})];
-  if (isConversation(prompt)) {
-    if (!file.chat)
-      throw new KvError('ERR_INNERKV_UNSUPPORTED', 'This model brings no chat template; give it a text.');
-    return [...tokenizer!.encode(file.chat.render(prompt), { special: true, bos: false })];
-  }
-  if (!Array.isArray(prompt) && !ArrayBuffer.isView(prompt))
-    throw invalid('A prompt must be a text, an array of tokens, or a list of chat messages.');
-  return Array.from(prompt as ArrayLike<number>);
 }

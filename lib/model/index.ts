@@ -32,6 +32,6 @@ export type {
   GeneratedToken,
   GenerationCost,
   GenerationSummary,
-  Prompt,
 } from './generate';
+export type { Prompt } from './prompt';
 export type { SamplerOptions } from './sampler';

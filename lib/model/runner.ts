@@ -25,8 +25,8 @@ import {
   type GenerateOptions,
   type Generation,
   type GenerationSummary,
-  type Prompt,
 } from './generate';
+import { type Prompt } from './prompt';
 
 /**
  * `int8`: products with few tokens round activations to 8 bits per 32 channels and use integer dot products, as decoding
