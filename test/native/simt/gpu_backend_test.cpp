@@ -1,17 +1,16 @@
-// The GPU backend on the emulated GPU against the CPU backend: equal bits in pages and windows, attention
-// within float32 rounding of a float64 sum over the decoded tokens.
-#include "cuda/gpu_backend.cu"
+// The GPU backend against the CPU backend: equal bits in pages and windows, attention within the width of
+// integer queries and weights. Runs on the emulated GPU (gpu_backend_test) and on a real one
+// (gpu_backend_gpu_test). Environment: INNERKV_GPU_SHAPES, how many random shapes; INNERKV_GPU_SEED.
+#include <cstdlib>
 
-#include "cuda/attend_mma.cu"
-#include "cuda/gpu_attend.cu"
-#include "cuda/merge.cu"
+#include "simt/gpu_under_test.h"
 #include "support.h"
 
 namespace innerkv::test {
 namespace {
 
 std::shared_ptr<Cache> gpu_cache(const CacheConfig& config) {
-  return std::make_shared<Cache>(std::make_shared<gpu::GpuBackend>(), config);
+  return std::make_shared<Cache>(gpu_backend(), config);
 }
 
 /// contents() of a sequence whose pages and windows are on the device: its file holds the same.
@@ -153,7 +152,7 @@ TEST("plain attention over 16-bit and float32 rows") {
     for (const float x : k) k16.push_back(half_bits(x));
     for (const float x : v) v16.push_back(half_bits(x));
     std::vector<float> results[2];
-    gpu::GpuBackend emulated;
+    const auto device = gpu_backend();
     CpuBackend cpu(1, nullptr);
     for (const int which : {0, 1}) {
       std::vector<float> out(q.size()), lse(at(2 * heads)), logits(at(2 * heads * tokens));
@@ -175,7 +174,7 @@ TEST("plain attention over 16-bit and float32 rows") {
       if (which == 0)
         cpu.attend_dense(request);
       else
-        emulated.attend_dense(request);
+        device->attend_dense(request);
       for (const auto* part : {&out, &lse, &logits})
         results[which].insert(results[which].end(), part->begin(), part->end());
     }
@@ -184,7 +183,164 @@ TEST("plain attention over 16-bit and float32 rows") {
   }
 }
 
+// ---- random shapes ----
+
+TensorSpec random_spec(check::Random& random, bool value) {
+  const int bits = std::vector{2, 3, 4, 8, 16, 1}[at(random.below(value ? 6 : 5))];
+  if (bits == 16) return {};
+  const Group groups[] = {Group::kToken, Group::kChannels32, Group::kChannels64, Group::kTokens32};
+  const Mode modes[] = {Mode::kMidRise, Mode::kSignedMax,  Mode::kZeroLevel,
+                        Mode::kHybrid,  Mode::kAsymmetric, Mode::kHybridReleased};
+  return {bits, groups[random.below(value ? 4 : 3)], modes[random.below(6)]};
+}
+
+/// A cache that the core accepts, drawn from everything that it accepts; half of them are fast formats.
+CacheConfig random_config(check::Random& random) {
+  for (;;) {
+    const int head_dim = std::vector{64, 80, 96, 128, 256}[at(random.below(5))];
+    const bool fast = random.below(2) == 0;
+    const bool blocks = random.below(2) == 0;
+    const int kv_heads = 1 + random.below(3);
+    LayerScheme scheme = blocks ? calibrated(head_dim, kv_heads, random.bits()) : scheme_of({}, {});
+    scheme.sink = random.below(40);
+    scheme.recent = random.below(100);
+    scheme.k = random_spec(random, false);
+    scheme.v = random_spec(random, true);
+    if (fast) {
+      const std::pair<int, int> pairs[] = {{2, 1}, {2, 2}, {3, 2}, {3, 3}, {4, 2}, {4, 4}};
+      const auto& [k, v] = pairs[random.below(6)];
+      scheme.k = {k, Group::kToken, Mode::kMidRise};
+      scheme.v = {v, Group::kToken, Mode::kMidRise};
+    }
+    if (blocks && random.below(2) == 0) scheme.block_tokens = 2 * kPageTokens;
+    if (scheme.v.bits == 1) scheme.clip_v.clear();
+    CacheConfig config = config_of({scheme}, fast && head_dim != 64 ? 128 : head_dim, kv_heads);
+    if (fast && blocks && config.head_dim != head_dim) continue;
+    config.query_heads = kv_heads * (1 + random.below(8));
+    config.window_of_layer = {random.below(3) == 0 ? 1 + random.below(300) : 0};
+    config.softcap = random.below(3) == 0 ? 5.0f : 0.0f;
+    config.rope.half_layout = random.below(2) == 0;
+    try {
+      validate(config);
+      return config;
+    } catch (const Error&) {
+    }
+  }
+}
+
+int from_environment(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
+struct Job {
+  std::unique_ptr<Sequence> sequence;
+  std::vector<float> q;
+};
+
+/// Output, log-sum-exp and logits of a batch.
+std::vector<float> attended_batch(const std::shared_ptr<Cache>& cache, const std::vector<Job>& jobs,
+                                  int q_tokens, bool causal, bool logits) {
+  const CacheConfig& config = cache->config();
+  std::vector<std::vector<float>> results;
+  std::vector<BatchItem> items;
+  for (const Job& job : jobs) {
+    const std::size_t rows = at(config.query_heads * q_tokens), size = rows * at(job.sequence->tokens(0));
+    results.emplace_back(job.q.size());
+    results.emplace_back(rows);
+    results.emplace_back(logits ? size : 0);
+  }
+  for (std::size_t i = 0; i < jobs.size(); ++i)
+    items.push_back({jobs[i].sequence.get(), jobs[i].q.data(), results[3 * i].data(),
+                     results[3 * i + 1].data(), logits ? results[3 * i + 2].data() : nullptr, q_tokens});
+  CHECK(attend_batch(*cache, 0, items, causal, nullptr));
+  std::vector<float> all;
+  for (const auto& one : results) all.insert(all.end(), one.begin(), one.end());
+  return all;
+}
+
+std::string text_of(const CacheConfig& config, int q_tokens) {
+  const LayerScheme& scheme = config.schemes[0];
+  const auto spec = [](const TensorSpec& s) {
+    return std::to_string(s.bits) + " bits, group " + std::to_string(static_cast<int>(s.group)) + ", mode " +
+           std::to_string(static_cast<int>(s.mode));
+  };
+  return "K " + spec(scheme.k) + "; V " + spec(scheme.v) + "; head_dim " + std::to_string(config.head_dim) +
+         ", heads " + std::to_string(config.query_heads) + "/" + std::to_string(config.kv_heads) + ", " +
+         std::to_string(q_tokens) + " queries, windows " + std::to_string(scheme.sink) + " + " +
+         std::to_string(scheme.recent) + ", blocks of " + std::to_string(scheme.block_tokens);
+}
+
+TEST("random shapes: pages to the bit, ragged batches of attention") {
+  const int shapes = from_environment("INNERKV_GPU_SHAPES", kOnGpu ? 200 : 10);
+  const int longest = kOnGpu ? 6000 : 500;
+  const std::uint64_t seed = static_cast<std::uint64_t>(from_environment("INNERKV_GPU_SEED", 1));
+  const auto schedules = simt::schedules();
+  for (int i = 0; i < shapes; ++i) {
+    check::Random random(seed * 100000 + static_cast<std::uint64_t>(i));
+    simt::use(schedules[at(random.below(static_cast<int>(schedules.size())))]);
+    const CacheConfig config = random_config(random);
+    const int sequences = 1 + random.below(4), q_tokens = 1 + random.below(4) * random.below(3);
+    const bool causal = random.below(4) != 0, logits = random.below(2) == 0;
+    const auto cpu = cache_of(config), gpu = gpu_cache(config);
+    std::vector<Job> a, b;
+    for (int s = 0; s < sequences; ++s) {
+      const int length = q_tokens + random.below(s == 0 ? longest : 300);
+      const Tokens tokens = tokens_of(config, length, random.bits());
+      a.push_back({cpu->sequence(), {}});
+      b.push_back({gpu->sequence(), {}});
+      for (int done = 0; done < length;) {
+        const int count = std::min(length - done, 1 + random.below(400));
+        append(*a.back().sequence, tokens, done, count);
+        append(*b.back().sequence, tokens, done, count);
+        done += count;
+      }
+      CHECK_WITH(stored(*a.back().sequence) == stored(*b.back().sequence), text_of(config, q_tokens));
+      std::vector<float> q(at(q_tokens * config.query_heads * config.head_dim));
+      for (float& x : q) x = random.normal();
+      a.back().q = b.back().q = q;
+    }
+    CHECK_WITH(close(attended_batch(gpu, b, q_tokens, causal, logits),
+                     attended_batch(cpu, a, q_tokens, causal, logits), 2e-3f),
+               "shape " + std::to_string(i) + ": " + text_of(config, q_tokens));
+    CHECK(simt::take_reports().empty());
+  }
+}
+
+TEST("the same batch gives the same bits every time") {
+  const int runs = kOnGpu ? 100 : 6;
+  const auto schedules = simt::schedules();
+  for (const bool fast : {true, false}) {
+    LayerScheme scheme = fast ? calibrated(128) : innerq();
+    CacheConfig config = config_of({scheme}, 128);
+    config.query_heads = 8;
+    config.budget_bytes = std::size_t{256} << 20;
+    const auto cache = gpu_cache(config);
+    std::vector<Job> jobs;
+    check::Random random(12);
+    for (const int length : {kOnGpu ? 20000 : 700, 300, 5}) {
+      jobs.push_back({filled(cache, tokens_of(config, length, random.bits()), length), {}});
+      jobs.back().q.resize(at(2 * config.query_heads * config.head_dim));
+      for (float& x : jobs.back().q) x = random.normal();
+    }
+    std::vector<float> first;
+    int different = 0;
+    for (int run = 0; run < runs; ++run) {
+      simt::use(schedules[at(run) % schedules.size()]);
+      const std::vector<float> now = attended_batch(cache, jobs, 2, true, true);
+      if (run == 0) first = now;
+      different += !same_bits(first, now);
+    }
+    CHECK_WITH(different == 0, std::to_string(different) + " of " + std::to_string(runs));
+    CHECK(simt::take_reports().empty());
+  }
+}
+
 }  // namespace
 }  // namespace innerkv::test
 
-int main(int argc, char** argv) { return check::run("gpu_backend", argc, argv); }
+int main(int argc, char** argv) {
+  const char* name = innerkv::test::kOnGpu ? "gpu_backend_gpu" : "gpu_backend";
+  if (!innerkv::test::gpu_at_hand(name)) return 77;
+  return check::run(name, argc, argv);
+}

@@ -1,0 +1,68 @@
+// The GPU backend that a test program gets: with INNERKV_ON_GPU the compiled one on the first device, where
+// schedules and reports mean nothing; else the same sources on the emulated GPU.
+#pragma once
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#ifdef INNERKV_ON_GPU
+#include <cuda_runtime_api.h>
+
+#include "cuda/factory.h"
+#include "cuda/gpu_backend.h"
+
+namespace simt {
+
+struct Schedule {};
+inline std::vector<Schedule> schedules() { return std::vector<Schedule>(12); }
+inline void use(Schedule) {}
+/// An error that no call has reported is one, too.
+inline std::vector<std::string> take_reports() {
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error == cudaSuccess) return {};
+  return {cudaGetErrorString(error)};
+}
+
+}  // namespace simt
+#else
+#include "cuda/attend_mma.cu"
+#include "cuda/gpu_attend.cu"
+#include "cuda/gpu_backend.cu"
+#include "cuda/merge.cu"
+#endif
+
+namespace innerkv::test {
+
+#ifdef INNERKV_ON_GPU
+inline constexpr bool kOnGpu = true;
+/// Prints what is tested, or that nothing is.
+inline bool gpu_at_hand(const char* program) {
+  cudaDeviceProp properties{};
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0 || cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
+    std::printf("%s: *** NOT RUN: there is no usable GPU (%s) ***\n", program, cudaGetErrorName(error));
+    return false;
+  }
+  std::printf("%s on %s, compute capability %d.%d\n", program, properties.name, properties.major,
+              properties.minor);
+  return true;
+}
+#else
+inline constexpr bool kOnGpu = false;
+inline bool gpu_at_hand(const char*) { return true; }
+#endif
+
+/// The device belongs to one process, so one backend serves all tests.
+inline std::shared_ptr<Backend> gpu_backend() {
+#ifdef INNERKV_ON_GPU
+  static const std::shared_ptr<Backend> backend = make_cuda_backend();
+  return backend;
+#else
+  return std::make_shared<gpu::GpuBackend>();
+#endif
+}
+
+}  // namespace innerkv::test
