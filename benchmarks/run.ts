@@ -1,5 +1,6 @@
 /** `npm run bench -- <name>`: each benchmark is a command of its own file. */
 import { runProgram } from '../lib/cli/program';
 import { cpu } from './cpu';
+import { cuda } from './cuda';
 
-runProgram({ name: 'bench', summary: 'benchmarks of innerkv', commands: [cpu] });
+runProgram({ name: 'bench', summary: 'benchmarks of innerkv', commands: [cpu, cuda] });

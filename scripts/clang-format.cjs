@@ -8,7 +8,7 @@ const { join } = require('node:path');
 const RELEASE = 19;
 const root = join(__dirname, '..');
 
-const sources = ['native', 'test/native']
+const sources = ['native', 'test/native', 'benchmarks/native']
   .filter((folder) => existsSync(join(root, folder)))
   .flatMap((folder) => readdirSync(join(root, folder), { recursive: true }).map((name) => join(folder, name)))
   .filter((path) => /\.(h|cpp|cc|cu|cuh|inc)$/.test(path))

@@ -122,6 +122,7 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
     if (request.logits) logits_at += rows * at(head.tokens);
   }
   upload.flush();
+  launches_begin();
   run("attend", attend_any, dim3(static_cast<unsigned>(tasks.size())), kTileThreads, sizeof(TileMemory), rule,
       requests_there, heads_there, tasks_there);
   if (!fast_tasks.empty())
@@ -132,6 +133,7 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
   device::check(merge_states(merges_there, static_cast<int>(requests.size()), most_rows, most_splits, D,
                              device::stream()),
                 "merge");
+  launches_end();
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const std::size_t rows = at(request_args[i].rows);

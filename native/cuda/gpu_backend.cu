@@ -84,9 +84,11 @@ void GpuBackend::copy_rows(std::span<const RowCopy> copies, int row) noexcept {
     device::copy(there, batch.data(), sizeof(RowCopy) * batch.size());
     int rows = 1;
     for (const RowCopy& copy : batch) rows = std::max(rows, copy.rows);
+    launches_begin();
     device::note(launch(copy_window_rows,
                         dim3(dim(std::min(rows, 1024)), static_cast<unsigned>(batch.size())), dim3(64), 0,
                         device::stream(), there, row));
+    launches_end();
   }
 }
 
@@ -154,6 +156,7 @@ void GpuBackend::quantise(const CacheConfig& config, std::span<const QuantiseJob
   }
   upload.flush();
 
+  launches_begin();
   const unsigned pages = dim(count);
   if (k_tokens > 0) {
     if (scheme.feedback() && !scheme.k.raw()) {
@@ -182,8 +185,9 @@ void GpuBackend::quantise(const CacheConfig& config, std::span<const QuantiseJob
       run("quantise values", quantise_values, dim3(dim(ceil_div(v_tokens, kQuantiseWarps)), pages),
           32 * kQuantiseWarps, 0, rule, args_there, v_at);
   }
+  if (compact) run("compact zero points", compact_zeros, dim3(2, pages), 32, 0, rule, args_there, v_at);
+  launches_end();
   if (!compact) return;
-  run("compact zero points", compact_zeros, dim3(2, pages), 32, 0, rule, args_there, v_at);
   std::vector<int> after(2 * jobs.size());
   device::copy(after.data(), counts_there, sizeof(int) * after.size());
   for (int i = 0; i < count; ++i) {

@@ -49,8 +49,20 @@ class Upload {
   std::size_t used_ = 0;
 };
 
+/// Told when the kernels of a call begin and end on device::stream(): everything they read is there by then,
+/// and nothing is copied back in between. For benchmarks.
+class LaunchObserver {
+ public:
+  virtual ~LaunchObserver() = default;
+  virtual void before() = 0;
+  virtual void after() = 0;
+};
+
 class GpuBackend final : public Backend {
  public:
+  /// Null switches it off.
+  void observe(LaunchObserver* observer) { observer_ = observer; }
+
   void* allocate_memory(std::size_t bytes) override;
   void free_memory(void* memory, std::size_t bytes) noexcept override;
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
@@ -66,9 +78,16 @@ class GpuBackend final : public Backend {
  private:
   void run_attention(const AttendRule& rule, bool hadamard_v, std::span<const AttendRequest> requests,
                      std::span<const HeadArgs> heads);
+  void launches_begin() const {
+    if (observer_) observer_->before();
+  }
+  void launches_end() const {
+    if (observer_) observer_->after();
+  }
 
   static constexpr std::size_t kCopyBytes = 1 << 16;
   DeviceBuffer staged_[2], copies_, arguments_, pages_, work_, prepared_, results_, dense_;
+  LaunchObserver* observer_ = nullptr;
 };
 
 }  // namespace innerkv::gpu

@@ -19,18 +19,23 @@ export interface CacheCase {
 
 const backends = new Map<string, Backend>();
 
-/** A backend of this instruction set and number of threads, made once. */
+/** INNERKV_BACKEND=cuda runs every test of bits and attention on the GPU. */
+const onGpu = process.env.INNERKV_BACKEND === 'cuda';
+
+/** A backend of this instruction set (or 'cuda') and number of threads, made once; on the GPU where all tests are. */
 export function backendOf(isa = '', threads = 1): Backend {
   const known = backends.get(`${isa} ${threads}`);
   if (known) return known;
-  const made = createBackendSync({ backend: 'cpu', threads, ...(isa && { isa }) });
+  const made = createBackendSync(
+    onGpu ? { backend: 'cuda', threads } : { backend: 'cpu', threads, ...(isa && { isa }) },
+  );
   backends.set(`${isa} ${threads}`, made);
   return made;
 }
 
-/** Every instruction set this machine runs. */
+/** Every instruction set this machine runs; 'cuda' alone where tests run on the GPU. */
 export function isas(): readonly string[] {
-  return backendOf().info.availableIsas;
+  return onGpu ? ['cuda'] : backendOf().info.availableIsas;
 }
 
 export function disposeBackends(): void {

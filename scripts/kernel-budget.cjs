@@ -1,0 +1,140 @@
+'use strict';
+// Compiles every kernel and holds registers, shared memory and stack of each against native/cuda/budget.json; spilled
+// registers and warnings always fail. usage: node scripts/kernel-budget.cjs [--all] [--archs 80,90] [--jobs N] [--update]
+// --all: every architecture of a release; --update writes the table instead of comparing. Exit code 77 without nvcc.
+const { execFile, spawnSync } = require('node:child_process');
+const { existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } = require('node:fs');
+const { availableParallelism, tmpdir } = require('node:os');
+const { basename, join } = require('node:path');
+const { parseArgs } = require('node:util');
+
+const RELEASED = ['80', '86', '89', '90', '100', '120'];
+const root = join(__dirname, '..');
+const tablePath = join(root, 'native', 'cuda', 'budget.json');
+const { values: given } = parseArgs({
+  options: {
+    all: { type: 'boolean' },
+    archs: { type: 'string', default: '80,90' },
+    jobs: { type: 'string', default: String(availableParallelism()) },
+    update: { type: 'boolean' },
+  },
+});
+const archs = given.all ? RELEASED : given.archs.split(',');
+const home = process.env.CUDA_HOME ?? process.env.CUDA_PATH;
+const nvcc = home && existsSync(join(home, 'bin', 'nvcc')) ? join(home, 'bin', 'nvcc') : 'nvcc';
+if (spawnSync(nvcc, ['--version']).status !== 0) {
+  console.error('*** NOT RUN: there is no nvcc, so the budget of kernels was not checked. ***');
+  process.exit(77);
+}
+
+const folder = mkdtempSync(join(tmpdir(), 'kernel-budget-'));
+process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
+
+/** The flags of CMakeLists.txt that reach device code. */
+function compile(source, arch) {
+  const flags = ['-std=c++20', '--fmad=false', '-lineinfo', '-Werror', 'all-warnings', '-Xptxas', '-v'];
+  const out = join(folder, `${basename(source)}.${arch}.cubin`);
+  const args = [
+    ...flags,
+    '-I',
+    join(root, 'native'),
+    `-arch=sm_${arch}`,
+    '-cubin',
+    '-o',
+    out,
+    join(root, source),
+  ];
+  return new Promise((resolve) =>
+    execFile(nvcc, args, { maxBuffer: 2 ** 26 }, (error, stdout, stderr) =>
+      resolve({ source, arch, failed: error !== null, text: stdout + stderr }),
+    ),
+  );
+}
+
+/** What ptxas -v said of each kernel. */
+function kernelsOf(text) {
+  const pattern =
+    /Compiling entry function '(\w+)'[^\n]*\n[^\n]*Function properties[^\n]*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers([^\n]*)/g;
+  return [...text.matchAll(pattern)].map(([, mangled, stack, stores, loads, registers, rest]) => ({
+    mangled,
+    stack: Number(stack),
+    spilled: Number(stores) + Number(loads),
+    registers: Number(registers),
+    shared: Number(/(\d+) bytes smem/.exec(rest)?.[1] ?? 0),
+  }));
+}
+
+/** attend_mma<4, 4, 128, 2>, from a mangled name. */
+function readable(names) {
+  const { status, stdout } = spawnSync('c++filt', { input: names.join('\n'), encoding: 'utf8' });
+  if (status !== 0) throw new Error('c++filt failed; it belongs to binutils, as ld does');
+  return stdout
+    .trim()
+    .split('\n')
+    .map((line) => /(\w+(?:<[^()]*>)?)\(/.exec(line.replaceAll(/\(int\)/g, ''))?.[1] ?? line);
+}
+
+async function main() {
+  const sources = readdirSync(join(root, 'native', 'cuda')).filter((name) => name.endsWith('.cu'));
+  const waiting = archs.flatMap((arch) => sources.map((name) => [join('native', 'cuda', name), arch]));
+  const results = [];
+  const work = async () => {
+    for (let next = waiting.shift(); next; next = waiting.shift()) results.push(await compile(...next));
+  };
+  await Promise.all(Array.from({ length: Number(given.jobs) }, work));
+
+  const wrong = [];
+  const found = {};
+  for (const { source, arch, failed, text } of results) {
+    if (failed) {
+      console.error(text);
+      wrong.push(`${source} does not compile for sm_${arch} without warnings`);
+      continue;
+    }
+    const kernels = kernelsOf(text);
+    const names = kernels.length ? readable(kernels.map(({ mangled }) => mangled)) : [];
+    kernels.forEach(({ registers, shared, stack, spilled }, i) => {
+      if (spilled > 0) wrong.push(`${names[i]} spills ${spilled} bytes on sm_${arch}`);
+      (found[names[i]] ??= {})[`sm_${arch}`] = { registers, shared, stack };
+    });
+  }
+  const kernels = Object.keys(found).length;
+  if (kernels === 0) wrong.push('no kernel was found: has the output of ptxas -v changed?');
+
+  const table = existsSync(tablePath) ? JSON.parse(readFileSync(tablePath, 'utf8')) : {};
+  if (given.update) {
+    const merged = Object.keys(found)
+      .sort()
+      .map((name) => [name, { ...(given.all ? {} : table[name]), ...found[name] }]);
+    // Sorted by architecture, one line each: the table is read in reviews.
+    const rows = merged.map(([name, of]) => {
+      const lines = Object.keys(of)
+        .sort((a, b) => Number(a.slice(3)) - Number(b.slice(3)))
+        .map(
+          (a) =>
+            `    "${a}": { "registers": ${of[a].registers}, "shared": ${of[a].shared}, "stack": ${of[a].stack} }`,
+        );
+      return `  ${JSON.stringify(name)}: {\n${lines.join(',\n')}\n  }`;
+    });
+    if (wrong.length === 0) writeFileSync(tablePath, `{\n${rows.join(',\n')}\n}\n`);
+  } else {
+    for (const name of Object.keys(table))
+      if (!found[name]) wrong.push(`${name} is in the table but not in the code`);
+    for (const [name, of] of Object.entries(found))
+      for (const [arch, now] of Object.entries(of)) {
+        const allowed = table[name]?.[arch];
+        if (!allowed) wrong.push(`${name} for ${arch} is not in the table`);
+        else
+          for (const what of ['registers', 'shared', 'stack'])
+            if (now[what] > allowed[what])
+              wrong.push(`${name} for ${arch}: ${now[what]} ${what}, allowed are ${allowed[what]}`);
+      }
+  }
+  for (const line of wrong) console.error(`FAILED ${line}`);
+  if (wrong.length > 0 && !given.update)
+    console.error('If this is wanted: node scripts/kernel-budget.cjs --all --update');
+  console.log(`${kernels} kernels for ${archs.map((a) => `sm_${a}`).join(', ')}: ${wrong.length} failures`);
+  process.exitCode = wrong.length > 0 ? 1 : 0;
+}
+
+void main();
