@@ -1,7 +1,7 @@
 import tseslint from 'typescript-eslint';
 
 export default tseslint.config(
-  { ignores: ['build/', 'build-*/', 'coverage/', 'dist/', 'shared/'] },
+  { ignores: ['build/', 'build-*/', 'coverage/', 'dist/', 'gpu-bundle/', 'shared/'] },
   {
     files: ['**/*.ts'],
     extends: [...tseslint.configs.strictTypeChecked, ...tseslint.configs.stylisticTypeChecked],

@@ -5,13 +5,13 @@ import { dirname, join, relative, resolve } from 'node:path';
 // The architecture as a test: who may include or import whom, how long a file may be, what must never be committed.
 
 const root = resolve(__dirname, '..');
-const notOurs = /^(node_modules|build(-.*)?|dist|coverage|shared|\.git)$/;
+const notOurs = /^(node_modules|build(-.*)?|dist|coverage|gpu-bundle|gpu-results|shared|\.git)$/;
 
 function walk(folder: string): string[] {
   return readdirSync(join(root, folder), { withFileTypes: true }).flatMap((entry) => {
     const path = join(folder, entry.name);
     if (entry.isDirectory()) return notOurs.test(entry.name) ? [] : walk(path);
-    return entry.isFile() && !entry.name.endsWith('.log') ? [path] : [];
+    return entry.isFile() && !/\.log$|\.tar\.xz$/.test(entry.name) ? [path] : [];
   });
 }
 

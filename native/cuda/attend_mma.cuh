@@ -280,7 +280,9 @@ struct MmaAttention {
                                  const float (&rescale)[NT]) {
     const auto* base = reinterpret_cast<const std::uint32_t*>(page.v);
     std::int32_t sums[V::kTiles][NT][4] = {};
-    [[maybe_unused]] constexpr int kTogether = V::kWords * V::kPlanes > 4 ? 2 : 4;
+    // 4-bit keys leave too few registers for four steps of loads: ptxas would spill some.
+    [[maybe_unused]] constexpr int kTogether =
+        V::kWords * V::kPlanes > 4 || (kBitsK == 4 && D == 128) ? 2 : 4;
 #pragma unroll kTogether
     for (int s = 0; s < 4; ++s) {
       V low, high;

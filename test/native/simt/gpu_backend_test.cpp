@@ -1,6 +1,7 @@
 // The GPU backend against the CPU backend: equal bits in pages and windows, attention within the width of
 // integer queries and weights. Runs on the emulated GPU (gpu_backend_test) and on a real one
-// (gpu_backend_gpu_test). Environment: INNERKV_GPU_SHAPES, how many random shapes; INNERKV_GPU_SEED.
+// (gpu_backend_gpu_test). Environment: INNERKV_GPU_SHAPES, how many random shapes;
+// INNERKV_GPU_LONGEST, tokens of the longest sequence; INNERKV_GPU_SEED.
 #include <cstdlib>
 
 #include "simt/gpu_under_test.h"
@@ -273,7 +274,7 @@ std::string text_of(const CacheConfig& config, int q_tokens) {
 
 TEST("random shapes: pages to the bit, ragged batches of attention") {
   const int shapes = from_environment("INNERKV_GPU_SHAPES", kOnGpu ? 200 : 10);
-  const int longest = kOnGpu ? 6000 : 500;
+  const int longest = from_environment("INNERKV_GPU_LONGEST", kOnGpu ? 6000 : 500);
   const std::uint64_t seed = static_cast<std::uint64_t>(from_environment("INNERKV_GPU_SEED", 1));
   const auto schedules = simt::schedules();
   for (int i = 0; i < shapes; ++i) {

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can answer, on a machine with a driver, nvcc, cmake and a C++ compiler, without a network.
+# usage: gpu/run.sh [build|test|sanitize|bench|all] [FOLDER]      (all; ./gpu-results)
+# Writes FOLDER/results.json, FOLDER/summary.md, the log of every step and the benchmark's JSON and table. Every step has a
+# time limit, together under 9 minutes. Exit code 1 if a step failed; what cannot run here is named and is no failure.
+# INNERKV_LIMIT_SCALE multiplies the limits, for machines of few cores. Works in a checkout after `npm ci` and in the folder that `npm run gpu:bundle` makes.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+stage=all out=
+for argument in "$@"; do
+  case $argument in
+    build | test | sanitize | bench | all) stage=$argument ;;
+    *) out=$argument ;;
+  esac
+done
+out=${out:-$PWD/gpu-results}
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+cd "$root" || exit 1
+build=$root/build-gpu
+cores=$(nproc)
+if [[ -x $root/node/bin/node ]]; then
+  node=$root/node/bin/node headers=$root/node/include
+else
+  node=$(command -v node) headers=$(dirname "$(dirname "$node")")/include/node
+fi
+export PATH=$(dirname "$node"):$PATH
+failed=0
+: >"$out/steps-$stage.tsv"
+
+# note NAME STATUS SECONDS: one line of the result.
+note() {
+  printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$out/steps-$stage.tsv"
+  printf '=== %-24s %s (%s s)\n' "$1" "$2" "$3"
+  [[ $2 != FAILED* ]] || failed=1
+}
+
+# step NAME LIMIT COMMAND...: 77 means that the step found nothing to run on.
+step() {
+  local name=$1 limit=$(($2 * ${INNERKV_LIMIT_SCALE:-1})) started=$SECONDS status
+  shift 2
+  echo "--- $name"
+  timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  tail -n "${lines:-4}" "$out/$name.log"
+  case $status in
+    0) note "$name" passed $((SECONDS - started)) ;;
+    77) note "$name" 'NOT RUN: no usable GPU' $((SECONDS - started)) ;;
+    124 | 137) note "$name" "FAILED: over its limit of $limit s" $((SECONDS - started)) ;;
+    *) note "$name" "FAILED: exit code $status" $((SECONDS - started)) ;;
+  esac
+  return $status
+}
+
+configure() {
+  local options=()
+  ! command -v ninja >/dev/null || options=(-G Ninja)
+  cmake -S "$root" -B "$build" "${options[@]}" -DINNERKV_CUDA=ON -DINNERKV_TESTS=ON \
+    "-DINNERKV_CUDA_ARCHS=${INNERKV_CUDA_ARCHS:-90-real}" \
+    "-DCMAKE_JS_INC=$headers;$root/node_modules/node-addon-api" -DCMAKE_JS_SRC= -DCMAKE_JS_LIB=
+}
+
+gpu_at_hand() { "$build/ptx_golden" >/dev/null 2>&1; [[ $? != 77 && -x $build/ptx_golden ]]; }
+
+run_build() {
+  step configure 30 configure || return
+  # The programs that need the GPU first, so that a slow machine has those.
+  step build 130 cmake --build "$build" -j "$cores" --target innerkv ptx_golden gpu_backend_gpu_test innerkv_cuda_bench ||
+    return
+  mkdir -p build/Release && cp "$build/innerkv.node" build/Release/
+  step build-native-tests 90 cmake --build "$build" -j "$cores"
+}
+
+jest() {
+  INNERKV_BACKEND=cuda "$node" node_modules/jest/bin/jest.js --json --outputFile="$out/jest.json" \
+    --maxWorkers="$((cores < 8 ? cores : 8))" test/integration test/property test/unit
+}
+
+run_test() {
+  lines=2 step ptx_golden 20 "$build/ptx_golden"
+  lines=8 step gpu_backend 50 "$build/gpu_backend_gpu_test"
+  if gpu_at_hand; then
+    lines=8 step jest-cuda 100 jest
+  else
+    note jest-cuda 'NOT RUN: no usable GPU' 0
+  fi
+  lines=8 step native-tests 45 ctest --test-dir "$build" -j "$cores" -E '^(ptx_golden|gpu_backend_gpu_test)$' \
+    --output-on-failure
+}
+
+run_sanitize() {
+  local tool
+  for tool in memcheck racecheck initcheck synccheck; do
+    if ! command -v compute-sanitizer >/dev/null; then
+      note "$tool" 'NOT RUN: no compute-sanitizer' 0
+    elif ! gpu_at_hand; then
+      note "$tool" 'NOT RUN: no usable GPU' 0
+    elif ! timeout 20 compute-sanitizer --tool memcheck "$build/ptx_golden" >"$out/$tool.log" 2>&1 &&
+      grep -qiE 'not supported|unable to|internal error' "$out/$tool.log"; then
+      note "$tool" 'NOT RUN: compute-sanitizer does not work here' 0
+    else
+      INNERKV_GPU_SHAPES=3 INNERKV_GPU_LONGEST=300 step "$tool" 12 \
+        compute-sanitizer --tool "$tool" --error-exitcode 99 "$build/gpu_backend_gpu_test" 'random shapes'
+    fi
+  done
+}
+
+bench() {
+  "$node" node_modules/ts-node/dist/bin.js --transpile-only benchmarks/run.ts cuda --binary "$build/innerkv_cuda_bench" \
+    --seconds "${INNERKV_BENCH_SECONDS:-55}" --out "$out/bench"
+}
+
+run_bench() {
+  if gpu_at_hand; then
+    lines=3 step bench 85 bench
+  else
+    note bench 'NOT RUN: no usable GPU' 0
+  fi
+}
+
+case $stage in
+  all)
+    run_build
+    run_test
+    run_sanitize
+    run_bench
+    ;;
+  *) "run_$stage" ;;
+esac
+
+{
+  echo '['
+  separator=
+  while IFS=$'\t' read -r name status seconds; do
+    printf '%s  {"step": "%s", "status": "%s", "seconds": %s}' "$separator" "$name" "$status" "$seconds"
+    separator=$',\n'
+  done <"$out/steps-$stage.tsv"
+  printf '\n]\n'
+} >"$out/results.json"
+{
+  echo '# GPU suite'
+  echo
+  echo "$(date -u +%FT%TZ), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -1 || true)"
+  echo
+  echo '| step | result | seconds |'
+  echo '| --- | --- | ---: |'
+  while IFS=$'\t' read -r name status seconds; do echo "| $name | $status | $seconds |"; done <"$out/steps-$stage.tsv"
+  if [[ -f $out/bench.md ]]; then
+    echo
+    cat "$out/bench.md"
+  fi
+} >"$out/summary.md"
+sed -n '/^| step/,$p' "$out/summary.md"
+echo "results: $out/summary.md, $out/results.json"
+exit $failed
