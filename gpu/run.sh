@@ -3,7 +3,8 @@
 # usage: gpu/run.sh [build|test|sanitize|bench|all] [FOLDER]      (all; ./gpu-results)
 # Writes FOLDER/results.json, FOLDER/summary.md, the log of every step and the benchmark's JSON and table. Every step has a
 # time limit, together under 9 minutes. Exit code 1 if a step failed; what cannot run here is named and is no failure.
-# INNERKV_LIMIT_SCALE multiplies the limits, for machines of few cores. Works in a checkout after `npm ci` and in the folder that `npm run gpu:bundle` makes.
+# INNERKV_LIMIT_SCALE multiplies the limits, for machines of few cores; INNERKV_CUDA_ARCHS (90-real) is as for cmake.
+# Works in a checkout after `npm ci` and in the folder that `npm run gpu:bundle` makes.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=all out=
@@ -23,7 +24,8 @@ if [[ -x $root/node/bin/node ]]; then
 else
   node=$(command -v node) headers=$(dirname "$(dirname "$node")")/include/node
 fi
-export PATH=$(dirname "$node"):$PATH
+PATH=$(dirname "$node"):$PATH
+export PATH root build out node headers cores
 failed=0
 : >"$out/steps-$stage.tsv"
 
@@ -39,6 +41,10 @@ step() {
   local name=$1 limit=$(($2 * ${INNERKV_LIMIT_SCALE:-1})) started=$SECONDS status
   shift 2
   echo "--- $name"
+  if declare -F "$1" >/dev/null; then # timeout runs programs, not functions
+    export -f "$1"
+    set -- bash -c "set -uo pipefail; $1"
+  fi
   timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
   status=$?
   tail -n "${lines:-4}" "$out/$name.log"
