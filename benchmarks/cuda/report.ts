@@ -73,7 +73,7 @@ function attention(cells: readonly CudaCell[]): string[][] {
       `${low!.toFixed(1)}–${high!.toFixed(1)}`,
       gigabytesPerSecond!.toFixed(0),
       `${(100 * ofCopy!).toFixed(1)} %`,
-      overFp16 == null ? '' : `${overFp16.toFixed(2)} x`,
+      overFp16 === undefined || overFp16 === null ? '' : `${overFp16.toFixed(2)} x`,
     ];
   });
 }
