@@ -206,8 +206,8 @@ export class KvCache extends Owned<NativeCache> {
   }
 }
 
-function shapeOf({ layers, queryHeads, kvHeads, headDim, rope }: CacheShape): CacheShape {
-  return { layers, queryHeads, kvHeads, headDim, ...(rope && { rope }) };
+function shapeOf({ layers, queryHeads, kvHeads, headDim, rope, model }: CacheShape): CacheShape {
+  return { layers, queryHeads, kvHeads, headDim, ...(rope && { rope }), ...(model && { model }) };
 }
 
 /** '8GiB', '512 MiB', '1.5GB' or a number of bytes. */

@@ -19,6 +19,7 @@ export type {
   ForwardOptions,
   ModelCacheOptions,
   ModelWeights,
+  RecordedMoments,
   ScoreItem,
   Tokens,
 } from './runner';

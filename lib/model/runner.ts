@@ -12,11 +12,12 @@ import {
 import { KvCache, type KvCacheOptions } from '../cache';
 import { invalid } from '../errors';
 import { Lifetime, Owned } from '../lifetime';
-import { type HeadMoments, type Moments } from '../schemes/moments';
+import { type HeadMoments, type Moments, type MomentsOrigin } from '../schemes/moments';
 import { ropeFrequencies, rotaryDims } from '../schemes/rope';
+import { type ModelIdentity } from '../schemes/types';
 import { type Sequence } from '../sequence';
 import { checkInteger } from '../tensor';
-import { openModel, type ModelConfig, type ModelFile } from './file';
+import { fingerprint, openModel, type ModelConfig, type ModelFile } from './file';
 import {
   generate,
   generateBatch,
@@ -67,7 +68,7 @@ export interface ScoreItem {
 
 /** The part of a model's file that running it needs; texts need its tokenizer, and conversations its chat template. */
 export type ModelWeights = Pick<ModelFile, 'config' | 'tensors'> &
-  Partial<Pick<ModelFile, 'tokenizer' | 'chat'>>;
+  Partial<Pick<ModelFile, 'name' | 'tokenizer' | 'chat'>>;
 
 export type ModelCacheOptions = Pick<KvCacheOptions, 'scheme' | 'windows' | 'memory'>;
 
@@ -78,6 +79,7 @@ export class Model extends Owned<NativeModel> {
   readonly config: ModelConfig;
   /** Bytes of weights that the decoding of one token reads. */
   readonly bytesPerToken: number;
+  readonly identity: ModelIdentity;
   private readonly cacheHeadDim: number;
 
   private constructor(
@@ -89,6 +91,7 @@ export class Model extends Owned<NativeModel> {
     super();
     this.life = new Lifetime(this, 'model', native, backend.life);
     this.config = file.config;
+    this.identity = new Identity(file);
     ({ cacheHeadDim: this.cacheHeadDim, bytesPerToken: this.bytesPerToken } = native.info());
   }
 
@@ -143,6 +146,7 @@ export class Model extends Owned<NativeModel> {
       queryHeads,
       kvHeads,
       headDim: this.cacheHeadDim,
+      model: this.identity,
       rope: { ...rope, rotaryDims: rotaryDims(rope, headDim) },
       softmaxScale: 1 / Math.sqrt(headDim),
       slidingWindow,
@@ -311,6 +315,24 @@ export class Model extends Owned<NativeModel> {
   }
 }
 
+/** Moments that know their model, so that no other model's cache takes them. */
+export type RecordedMoments = Moments & { readonly tokens: number; readonly origin: MomentsOrigin };
+
+/** The fingerprint reads the file, so only who asks for it pays. */
+class Identity implements ModelIdentity {
+  private made?: string;
+
+  constructor(private readonly file: ModelWeights) {}
+
+  get name(): string {
+    return this.file.name ?? 'a model without a name';
+  }
+
+  get fingerprint(): string {
+    return (this.made ??= fingerprint(this.file.config, this.file.tensors));
+  }
+}
+
 /** Sums over observed tokens; made by Model.moments(). Disposed with its model. */
 export class MomentsRecorder extends Owned<NativeMoments> {
   /** @internal */
@@ -318,7 +340,10 @@ export class MomentsRecorder extends Owned<NativeMoments> {
   private readonly shape: { readonly kvHeads: number; readonly headDim: number; readonly group: number };
 
   /** @internal */
-  constructor(model: Model, native: NativeMoments) {
+  constructor(
+    private readonly model: Model,
+    native: NativeMoments,
+  ) {
     super();
     this.life = new Lifetime(this, 'moments', native, model.life);
     const { kvHeads, headDim, queryHeads } = model.config;
@@ -326,11 +351,11 @@ export class MomentsRecorder extends Owned<NativeMoments> {
   }
 
   /** The moments of everything observed so far, for schemes.calibrated(). Throws when nothing was. */
-  async read(options: AbortOptions = {}): Promise<Moments & { readonly tokens: number }> {
+  async read(options: AbortOptions = {}): Promise<RecordedMoments> {
     return this.momentsOf(await abortable(options.signal, (flag) => this.life.use().read(false, flag)));
   }
 
-  readSync(): Moments & { readonly tokens: number } {
+  readSync(): RecordedMoments {
     return this.momentsOf(this.life.use().read(true, undefined) as NativeMomentSums);
   }
 
@@ -347,10 +372,12 @@ export class MomentsRecorder extends Owned<NativeMoments> {
       queryMoment: mean(querySquare, head, square, tokens * group),
     });
     const heads = (layer: number) => Array.from({ length: kvHeads }, (_, i) => headAt(layer * kvHeads + i));
+    const { name, fingerprint: of } = this.model.identity;
     return {
       kvHeads,
       headDim,
       tokens,
+      origin: { model: name, fingerprint: of, rope: this.model.config.rope, tokens },
       layers: new Map(Array.from({ length: layers }, (_, layer) => [layer, heads(layer)])),
     };
   }

@@ -1,7 +1,7 @@
 /** The schemes that ship: how keys and values become few bits. docs/format.md says what each field does. */
 import { invalid } from '../errors';
 import { basisDeriver } from './basis';
-import { flaw, readMoments, type HeadMoments, type Moments } from './moments';
+import { flaw, misfit, readMoments, type HeadMoments, type Moments } from './moments';
 import { Preset, RAW, checkOptions, clipRatios, integerIn, oneOf } from './preset';
 import { type DescribedScheme } from './preset';
 import { type Bits, type CacheShape, type HeadBasis, type LayerScheme, type TensorSpec } from './types';
@@ -181,15 +181,13 @@ class BasisCache {
     private readonly context: number,
   ) {}
 
-  of(layer: number, { rope, kvHeads, headDim }: CacheShape): readonly HeadBasis[] {
+  of(layer: number, shape: CacheShape): readonly HeadBasis[] {
     const { moments, blockTokens, context } = this;
+    const { rope, headDim } = shape;
     const heads = moments.layers.get(layer);
     if (!heads) throw invalid(`There are no calibration moments of layer ${layer}.`);
-    if (kvHeads !== moments.kvHeads || headDim !== moments.headDim)
-      throw invalid(
-        `The calibration moments are of ${moments.kvHeads} KV heads of ${moments.headDim} channels, ` +
-          `the cache has ${kvHeads} of ${headDim}.`,
-      );
+    const problem = misfit(moments, shape);
+    if (problem !== undefined) throw invalid(problem);
     if (!rope) throw invalid("The calibrated scheme needs the model's rope parameters.");
     const turn = JSON.stringify({ ...rope, theta: rope.theta && [...rope.theta] });
     const known = this.bases.get(`${layer} ${turn}`);
@@ -265,6 +263,6 @@ export function schemeNamed(name: string, moments?: string | Moments): Described
 
 export type { DescribedScheme } from './preset';
 export { readMoments, selectLayers, encodeMoments } from './moments';
-export type { HeadMoments, Moments } from './moments';
+export type { HeadMoments, Moments, MomentsOrigin } from './moments';
 export { ropeFrequencies } from './rope';
 export type * from './types';

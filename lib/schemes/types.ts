@@ -95,6 +95,14 @@ export interface CacheShape {
   readonly kvHeads: number;
   readonly headDim: number;
   readonly rope?: RopeOptions;
+  /** Lets schemes refuse what was made for another model. */
+  readonly model?: ModelIdentity;
+}
+
+export interface ModelIdentity {
+  readonly name: string;
+  /** ModelFile.fingerprint. */
+  readonly fingerprint: string;
 }
 
 /** Tokens kept in 16 bits at both ends of a sequence. */
