@@ -196,7 +196,9 @@ export interface NativeForwardOptions {
 
 /** Sums over tokens: [layers][kvHeads] and then [D], [D][D], [D][D]. */
 export interface NativeMomentSums {
+  /** Keys, and queries per query head: those of the first tokens are in the latter only. */
   readonly tokens: number;
+  readonly queryTokens: number;
   readonly keySum: Float64Array;
   readonly keySquare: Float64Array;
   readonly querySquare: Float64Array;

@@ -13,3 +13,4 @@ export type { TensorInput } from './tensor';
 export type { AbortOptions } from './abort';
 export * from './schemes';
 export * from './model';
+export * from './eval';

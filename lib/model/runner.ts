@@ -240,8 +240,8 @@ export class Model extends Owned<NativeModel> {
   }
 
   /**
-   * A recorder of keys and queries before RoPE, to be given as `observe`. Tokens at positions below `skip` (attention
-   * sinks, whose keys are unlike all others) are left out; default 4.
+   * A recorder of keys and queries before RoPE, to be given as `observe`. Keys at positions below `skip` (attention
+   * sinks, whose keys are unlike all others) are left out; default 4. Queries all count.
    */
   moments(options: { readonly skip?: number } = {}): MomentsRecorder {
     const skip = checkInteger(options.skip ?? 4, 0, 2 ** 30, 'skip');
@@ -359,7 +359,7 @@ export class MomentsRecorder extends Owned<NativeMoments> {
     return this.momentsOf(this.life.use().read(true, undefined) as NativeMomentSums);
   }
 
-  private momentsOf({ tokens, keySum, keySquare, querySquare }: NativeMomentSums) {
+  private momentsOf({ tokens, queryTokens, keySum, keySquare, querySquare }: NativeMomentSums) {
     if (tokens === 0) throw invalid('No token was observed yet.');
     const { kvHeads, headDim, group } = this.shape;
     const square = headDim ** 2;
@@ -369,7 +369,7 @@ export class MomentsRecorder extends Owned<NativeMoments> {
     const headAt = (head: number): HeadMoments => ({
       keyMean: mean(keySum, head, headDim, tokens),
       keyMoment: mean(keySquare, head, square, tokens),
-      queryMoment: mean(querySquare, head, square, tokens * group),
+      queryMoment: mean(querySquare, head, square, queryTokens * group),
     });
     const heads = (layer: number) => Array.from({ length: kvHeads }, (_, i) => headAt(layer * kvHeads + i));
     const { name, fingerprint: of } = this.model.identity;

@@ -240,6 +240,7 @@ Napi::Value MomentsObject::read(const Napi::CallbackInfo& info) {
             result.Set(name, array);
           };
           result.Set("tokens", static_cast<double>(moments.tokens[0]));
+          result.Set("queryTokens", static_cast<double>(moments.query_tokens[0]));
           put("keySum", moments.key_sum);
           put("keySquare", moments.key_square);
           put("querySquare", moments.query_square);

@@ -8,18 +8,18 @@
 
 namespace innerkv {
 
-/// Sums in float64 over tokens at position `skip` and later.
+/// Sums in float64: keys at position `skip` and later (the sinks' keys are unlike all others), all queries.
 class Moments {
  public:
   Moments(int layers, int query_heads, int kv_heads, int head_dim, int skip);
 
-  /// Rows of one layer: q [query_heads][D], k [kv_heads][D], `stride` floats from token to token. Only tokens
-  /// from first_position + i >= skip count.
+  /// Rows of one layer: q [query_heads][D], k [kv_heads][D], `stride` floats from token to token. Only keys
+  /// with first_position + i >= skip count.
   void add(int layer, const float* q, const float* k, std::ptrdiff_t stride, int tokens, int first_position,
            ThreadPool& pool);
 
   int layers, query_heads, kv_heads, head_dim, skip;
-  std::vector<std::int64_t> tokens;                       // [layers]
+  std::vector<std::int64_t> tokens, query_tokens;         // [layers]; keys, queries per query head
   std::vector<double> key_sum, key_square, query_square;  // [layers][kv_heads][D], [D][D], [D][D]
 
  private:

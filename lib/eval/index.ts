@@ -1,0 +1,14 @@
+/** Calibration of schemes to a model, and what schemes cost it. */
+export { calibrate, calibratedFromPrompt } from './calibrate';
+export type { CalibrateOptions, PromptOptions } from './calibrate';
+export { perplexity } from './perplexity';
+export type {
+  Contender,
+  PerplexityOptions,
+  PerplexityReport,
+  PositionBucket,
+  SchemePerplexity,
+} from './perplexity';
+export { planOf, protocols } from './protocols';
+export type { Protocol, ProtocolPlan } from './protocols';
+export { leadingTokens } from './text';
