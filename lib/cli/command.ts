@@ -8,6 +8,8 @@ export interface Option {
   readonly default?: string;
   /** May be given several times. */
   readonly many?: boolean;
+  /** One letter that stands for the name. */
+  readonly short?: string;
 }
 
 /** What was given on the command line, defaults filled in. */
@@ -43,9 +45,13 @@ function allOptions(command: Command): Readonly<Record<string, Option>> {
 
 export function parseOptions(command: Command, args: readonly string[]): Values {
   const options = Object.fromEntries(
-    Object.entries(allOptions(command)).map(([name, { value, many = false }]) => [
+    Object.entries(allOptions(command)).map(([name, { value, many = false, short }]) => [
       name,
-      { type: value === undefined ? ('boolean' as const) : ('string' as const), multiple: many },
+      {
+        type: value === undefined ? ('boolean' as const) : ('string' as const),
+        multiple: many,
+        ...(short !== undefined && { short }),
+      },
     ]),
   );
   const { operand } = command;
@@ -121,7 +127,8 @@ export function list(values: Values, name: string): string[] | undefined {
 
 /** `program`: as typed before the command. */
 export function helpOf(command: Command, program: string): string {
-  const left = ([name, { value }]: [string, Option]) => `--${name}${value === undefined ? '' : ` ${value}`}`;
+  const left = ([name, { value, short }]: [string, Option]) =>
+    `${short === undefined ? '' : `-${short}, `}--${name}${value === undefined ? '' : ` ${value}`}`;
   const entries = Object.entries(allOptions(command));
   const width = Math.max(...entries.map((entry) => left(entry).length));
   const lines = entries.map((entry) => {

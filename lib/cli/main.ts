@@ -1,13 +1,15 @@
 /** The command line. */
+import { calibrate } from './calibrate';
 import { demo } from './demo';
 import { doctor } from './doctor';
 import { estimate } from './estimate';
 import { generate } from './generate';
 import { inspect } from './inspect';
+import { perplexity } from './perplexity';
 import { runProgram } from './program';
 
 runProgram({
   name: 'innerkv',
   summary: 'innerkv: a low-bit KV cache with fused attention',
-  commands: [doctor, estimate, inspect, demo, generate],
+  commands: [doctor, estimate, inspect, demo, generate, calibrate, perplexity],
 });
