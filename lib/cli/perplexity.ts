@@ -1,4 +1,5 @@
 /** `innerkv perplexity`: loss and divergence of a model on a text, over caches of several schemes. */
+import { writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { createBackend } from '../backend';
 import { calibratedFromPrompt } from '../eval/calibrate';
@@ -39,6 +40,7 @@ export const perplexity: Command = {
     chunks: { value: 'N', help: 'windows to score (default: all)' },
     chunk: { value: 'N', help: 'tokens that go through the model together' },
     threads: { value: 'N', help: 'threads (default: all cores)' },
+    out: { value: 'FILE', help: 'also write the JSON there, after every window' },
   },
   notes: [
     'P1  windows of 2,048 side by side, all but the first token scored, prefilled in chunks (as papers do)',
@@ -48,6 +50,7 @@ export const perplexity: Command = {
     '',
     `Schemes: ${builtinSchemes.map(({ name }) => name).join(', ')};`,
     'also any rotated-kXvY, calibrated-kXvY, and prompt-kXvY: calibrated on the first 512 tokens of each window.',
+    'NAME@0+0: with 16-bit windows of its own.',
   ].join('\n'),
   async run(values: Values) {
     const started = performance.now();
@@ -78,16 +81,9 @@ export const perplexity: Command = {
       bos: plan.bos === 'text',
     });
     const begun = performance.now();
-    const result = await measure(model, ids, {
-      ...{ plan, contenders, bos, windows, layers, signal: interrupt.signal },
-      ...(chunks && { chunks }),
-      ...(chunk && { chunk }),
-      byteLength: (token) => tokenizer.bytes(token).length,
-      onProgress: (fraction, scheme) => progress.update(fraction, `${scheme}, ${left(begun, fraction)} left`),
-    });
-    progress.clear();
+    const out = text(values, 'out');
     const { kind, isa, threads: used } = backend.info;
-    const report = {
+    const report = (result: PerplexityReport) => ({
       versions: versions(),
       backend: { kind, isa, threads: used },
       model: { name: file.name, file: basename(path), fingerprint: file.fingerprint },
@@ -97,13 +93,29 @@ export const perplexity: Command = {
       cacheWindows: windows,
       layers: Object.fromEntries([...layers].map(([layer, { name }]) => [layer, name])),
       ...(calibration !== undefined && {
-        calibration: { file: basename(calibration), tokens: moments?.origin?.tokens },
+        calibration: {
+          file: basename(calibration),
+          ...(moments?.origin && { tokens: moments.origin.tokens }),
+        },
       }),
       ...result,
       seconds: (performance.now() - started) / 1000,
+    });
+    const write = (result: PerplexityReport) => {
+      if (out !== undefined) writeFileSync(out, `${JSON.stringify(report(result), null, 2)}\n`);
     };
-    if (values.json) console.log(JSON.stringify(report, null, 2));
-    else print(plan, result, report.seconds);
+    const result = await measure(model, ids, {
+      ...{ plan, contenders, bos, windows, layers, signal: interrupt.signal, onWindow: write },
+      ...(chunks && { chunks }),
+      ...(chunk && { chunk }),
+      byteLength: (token) => tokenizer.bytes(token).length,
+      onProgress: (fraction, scheme) => progress.update(fraction, `${scheme}, ${left(begun, fraction)} left`),
+    });
+    progress.clear();
+    write(result);
+    const whole = report(result);
+    if (values.json) console.log(JSON.stringify(whole, null, 2));
+    else print(plan, result, whole.seconds);
     return EXIT.ok;
   },
 };
@@ -126,13 +138,17 @@ function named(name: string, moments: Moments | undefined): DescribedScheme {
   }
 }
 
-function contenderNamed(name: string, moments: Moments | undefined, model: Model): Contender {
+/** NAME or NAME@A+B, with 16-bit windows of its own. */
+function contenderNamed(given: string, moments: Moments | undefined, model: Model): Contender {
+  const [name = '', own] = given.split('@');
+  const windows = own === undefined ? {} : { windows: windowsNamed(own) };
   const [, keyBits, valueBits] = /^prompt-k(\d+)v(\d+)$/.exec(name) ?? [];
-  if (keyBits === undefined) return named(name, moments);
+  if (keyBits === undefined) return { name: given, scheme: named(name, moments), ...windows };
   const bits = { keyBits: Number(keyBits), valueBits: Number(valueBits) } as BitsOptions;
   return {
-    name,
+    name: given,
     scheme: (tokens, options) => calibratedFromPrompt(model, tokens, { ...bits, ...options }),
+    ...windows,
   };
 }
 

@@ -12,13 +12,15 @@ import { checkInteger } from '../tensor';
 import { compare, distributionOf, mean, quantile, type Comparison, type Distribution } from './compare';
 import { windowsOf, type ProtocolPlan } from './protocols';
 
-/** A scheme, or what makes one from the text of a window (calibration on the prompt). */
-export type Contender =
-  | DescribedScheme
-  | {
-      readonly name: string;
-      scheme(window: Int32Array, options: AbortOptions): Promise<DescribedScheme>;
-    };
+export interface Contender {
+  /** Of its row. */
+  readonly name: string;
+  /** A scheme, or what makes one from the text of a window (calibration on the prompt). */
+  readonly scheme:
+    DescribedScheme | ((window: Int32Array, options: AbortOptions) => Promise<DescribedScheme>);
+  /** Instead of the windows of all. */
+  readonly windows?: Partial<Windows>;
+}
 
 export interface PerplexityOptions extends AbortOptions {
   readonly plan: ProtocolPlan;
@@ -37,6 +39,8 @@ export interface PerplexityOptions extends AbortOptions {
   readonly chunk?: number;
   /** Bytes of text that a token stands for; without it there are no bits per byte. */
   readonly byteLength?: (token: number) => number;
+  /** After each window but the last: everything so far. */
+  readonly onWindow?: (report: PerplexityReport) => void;
   /** `fraction` of everything, 0 … 1; what runs now. */
   readonly onProgress?: (fraction: number, scheme: string) => void;
 }
@@ -95,10 +99,11 @@ class Lane {
   tokens = 0;
   milliseconds = 0;
 
-  constructor(
-    readonly name: string,
-    readonly contender: Contender,
-  ) {}
+  constructor(readonly contender: Contender) {}
+
+  get name(): string {
+    return this.contender.name;
+  }
 }
 
 /** A lane in the middle of a window. */
@@ -127,13 +132,13 @@ export async function perplexity(
   const fits = Math.max(16, Math.floor(LOGIT_BYTES / (12 * vocabulary)));
   const chunk = checkInteger(options.chunk ?? Math.min(fits, plan.decoded ? 128 : 512), 1, 65536, 'chunk');
 
-  const reference = schemes.fp16();
+  const reference = { name: 'fp16', scheme: schemes.fp16() };
   const lanes = [reference, ...contenders.filter(({ name }) => name !== reference.name)].map(
-    (contender) => new Lane(contender.name, contender),
+    (contender) => new Lane(contender),
   );
   let done = 0;
   const steps = windows.length * lanes.length * plan.window;
-  for (const window of windows) {
+  for (const [index, window] of windows.entries()) {
     const runs: Run[] = [];
     try {
       for (const lane of lanes) runs.push(await start(model, lane, window, options));
@@ -157,11 +162,23 @@ export async function perplexity(
     } finally {
       for (const { cache } of runs) cache.dispose();
     }
+    if (index + 1 < windows.length)
+      options.onWindow?.(reportOf(model, lanes, windows.slice(0, index + 1), options, chunk));
   }
   onProgress?.(1, '');
+  return reportOf(model, lanes, windows, options, chunk);
+}
+
+function reportOf(
+  model: Model,
+  lanes: readonly Lane[],
+  windows: readonly Int32Array[],
+  { plan, byteLength }: PerplexityOptions,
+  chunk: number,
+): PerplexityReport {
   const { layers, kvHeads, headDim } = model.config;
   const numbers = 2 * layers * kvHeads * headDim * (plan.window - 1);
-  const bytes = bytesScored(plan, windows, options.byteLength);
+  const bytes = bytesScored(plan, windows, byteLength);
   const base = mean(lanes[0]!.comparisons.map(({ nll }) => nll));
   return {
     windows: windows.length,
@@ -171,14 +188,10 @@ export async function perplexity(
   };
 }
 
-async function start(
-  model: Model,
-  lane: Lane,
-  window: Int32Array,
-  { windows, layers, signal }: PerplexityOptions,
-): Promise<Run> {
-  const { contender } = lane;
-  const scheme = 'layer' in contender ? contender : await contender.scheme(window, signal ? { signal } : {});
+async function start(model: Model, lane: Lane, window: Int32Array, options: PerplexityOptions): Promise<Run> {
+  const { layers, signal } = options;
+  const { scheme: given, windows = options.windows } = lane.contender;
+  const scheme = typeof given === 'function' ? await given(window, signal ? { signal } : {}) : given;
   const pure = lane.name === 'fp16';
   const chosen = (layer: number) => (pure ? undefined : layers?.get(layer)) ?? scheme;
   const shape = { ...model.cacheShape(), scheme: chosen, ...(windows && { windows }) };

@@ -122,10 +122,7 @@ class OpenedModel implements ModelFile {
 const SAMPLE = 4096;
 
 /** Of a model's parts; see ModelFile.fingerprint. */
-export function fingerprint(
-  config: ModelConfig,
-  tensors: ReadonlyMap<CanonicalName, TensorInfo>,
-): string {
+export function fingerprint(config: ModelConfig, tensors: ReadonlyMap<CanonicalName, TensorInfo>): string {
   const hash = createHash('sha256');
   hash.update(JSON.stringify(config, (_, value: unknown) => (ArrayBuffer.isView(value) ? [value] : value)));
   const samples = new Map<CanonicalName, Uint8Array>();

@@ -144,7 +144,9 @@ export function misfit({ kvHeads, headDim, origin }: Moments, shape: CacheShape)
   if (!origin || !rope) return undefined;
   const [theirs, ours] = [ropeFrequencies(origin.rope, headDim), ropeFrequencies(rope, headDim)];
   const same = origin.rope.layout === rope.layout && theirs.join() === ours.join();
-  return same ? undefined : "The calibration moments are of a model with another rotary embedding than the cache's.";
+  return same
+    ? undefined
+    : "The calibration moments are of a model with another rotary embedding than the cache's.";
 }
 
 /** What keeps an object of the right type from being moments, or undefined. */
