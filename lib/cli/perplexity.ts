@@ -132,7 +132,7 @@ function named(name: string, moments: Moments | undefined): DescribedScheme {
   } catch (error) {
     const reason = error instanceof Error ? error.message.replace(/\.$/, '') : String(error);
     throw new UsageError(
-      /needs calibration moments/.test(reason) ? `${reason}: --calibration FILE` : reason,
+      reason.includes('needs calibration moments') ? `${reason}: --calibration FILE` : reason,
       { cause: error },
     );
   }

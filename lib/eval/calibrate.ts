@@ -45,7 +45,7 @@ export async function calibrate(
       onProgress?.(at + chunk.length, tokens.length);
     }
   }
-  return recorder.read(signal && { signal });
+  return await recorder.read(signal && { signal });
 }
 
 export interface PromptOptions extends CalibratedOptions, AbortOptions {
