@@ -46,6 +46,25 @@ void give_back_extents(Page& page) {
   page.v_zeros.resize(at(ceil_div(page.v_zero_count, kZeroExtent)));
 }
 
+/// The extents a page had before a call reserved more. A page may hold more than it needs, after truncation.
+struct HeldExtents {
+  Page* page;
+  std::size_t k, v;
+  int k_count, v_count;
+  explicit HeldExtents(Page& of)
+      : page(&of),
+        k(of.k_zeros.size()),
+        v(of.v_zeros.size()),
+        k_count(of.k_zero_count),
+        v_count(of.v_zero_count) {}
+  void restore() const {
+    page->k_zeros.resize(k);
+    page->v_zeros.resize(v);
+    page->k_zero_count = k_count;
+    page->v_zero_count = v_count;
+  }
+};
+
 void clear_removed(Page& page, int first, int count) {
   for (int slot = first; slot < first + count; ++slot)
     page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
@@ -221,6 +240,9 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   const bool writes = reach.k > state.reach.k || reach.v > state.reach.v;
   std::vector<QuantiseJob> jobs;
   std::vector<std::vector<std::shared_ptr<Page>>> pages(at(heads));
+  std::vector<HeldExtents> before;
+  std::vector<RowCopy> copies;
+  copies.reserve(6 * at(heads));  // sink and two pieces of the ring, K and V
   if (writes) {
     try {
       for (int head = 0; head < heads; ++head)
@@ -240,6 +262,7 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
           std::shared_ptr<Page> own = shared && shared.use_count() == 2 ? shared : own_page(shared, scheme);
           if (!shared) mark_removed(*own, k_first - begin);
           pages[at(head)].push_back(own);
+          before.emplace_back(*own);
           own->k_zero_count =
               count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
           own->v_zero_count =
@@ -262,15 +285,10 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
       for (auto& table : state.pages) table.reserve(at(end_page));
       backend.quantise(config, jobs, cache_->rotations());  // into slots that nobody reads yet
     } catch (...) {
-      for (const auto& head_pages : pages)
-        for (const auto& page : head_pages)
-          if (page) give_back_extents(*page);
+      for (const HeldExtents& held : before) held.restore();
       throw;
     }
   }
-
-  std::vector<RowCopy> copies;
-  copies.reserve(6 * at(heads));  // sink and two pieces of the ring, K and V
 
   // From here on nothing fails.
   if (fresh_windows) state.windows = std::move(fresh_windows);

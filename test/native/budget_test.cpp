@@ -50,6 +50,8 @@ struct World {
     sequences.push_back(filled(cache, tokens, 250));
     sequences.push_back(sequences[0]->fork());
     sequences.push_back(cache->sequence());
+    sequences.push_back(filled(cache, tokens, 250));  // [3] owns its pages, and they hold more than it needs
+    sequences[3]->truncate(170);
     file = saved(*sequences[0]);
   }
   Bytes everything() const {
@@ -78,6 +80,8 @@ const Operation kOperations[] = {
     {"a first append", false, [](World& w, const Tokens& t) { append_all(*w.sequences[2], t, 0, 200); }},
     {"appending one token", false,
      [](World& w, const Tokens& t) { append_all(*w.sequences[1], t, 250, 40); }},
+    {"appending behind truncated tokens", false,
+     [](World& w, const Tokens& t) { append_all(*w.sequences[3], t, 170, 200); }},
     {"forking", false, [](World& w, const Tokens&) { w.sequences.push_back(w.sequences[0]->fork()); }},
     {"loading", false, [](World& w, const Tokens&) { w.sequences.push_back(loaded(w.cache, w.file, 1000)); }},
     {"replacing in a shared page", true,
