@@ -2,6 +2,8 @@
 // little more of the budget free, and with a machine that refuses its first, second, third ... request. A
 // call that fails leaves its sequence, its forks and the pool exactly as they were; the one that succeeds
 // gives what a call with ample memory gives.
+//
+// INNERKV_BUDGET_STRIDE: try every so many sizes of the budget only (default 1).
 #include <vector>
 
 #include "support.h"
@@ -125,6 +127,7 @@ std::vector<Family> worlds() {
 TEST(
     "whatever part of the budget is left, a call that fails changes nothing, and one more try with enough "
     "succeeds") {
+  const auto stride = static_cast<std::size_t>(check::number_from("INNERKV_BUDGET_STRIDE", 1));
   for (const Family& family : worlds()) {
     const Tokens tokens = tokens_of(family.config, 400, 1);
     for (const Operation& operation : kOperations) {
@@ -137,8 +140,10 @@ TEST(
       Pool& pool = world.cache->pool();
       const Bytes before = world.everything();
       const std::size_t used = pool.used_bytes(),
-                        step = family.scheme().k.compact_zeros() || family.scheme().v.compact_zeros() ? 256
-                                                                                                      : 1024;
+                        smallest = family.scheme().k.compact_zeros() || family.scheme().v.compact_zeros()
+                                       ? 256
+                                       : 1024,
+                        step = smallest * stride;
       int failures = 0, code = 0;
       for (std::size_t left = 0; left < pool.budget_bytes(); left += step) {
         const std::vector<Slot> ballast = all_but(*world.cache, left);

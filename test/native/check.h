@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -31,6 +32,12 @@ inline void that(bool condition, const char* what, const char* file, int line,
 inline int report(const char* name) {
   std::printf("%s: %d passed, %d failed\n", name, passed.load(), failed.load());
   return failed > 0 || passed == 0 ? 1 : 0;
+}
+
+/// A number that the environment gives, or the usual one.
+inline long number_from(const char* name, long otherwise) {
+  const char* text = std::getenv(name);
+  return text && *text ? std::atol(text) : otherwise;
 }
 
 struct Test {

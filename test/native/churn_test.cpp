@@ -254,11 +254,6 @@ class World {
   std::uint32_t file_print_ = 0;
 };
 
-long number_from(const char* name, long otherwise) {
-  const char* text = std::getenv(name);
-  return text && *text ? std::atol(text) : otherwise;
-}
-
 /// Resident bytes, or 0 where they say nothing: sanitizers and emulators keep memory of their own.
 std::size_t resident() {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -273,9 +268,9 @@ std::size_t resident() {
 }
 
 TEST("whatever comes and goes, the pool accounts for it, failures change nothing, and nothing stays behind") {
-  const long calls = number_from("INNERKV_CHURN_OPS", 30000),
-             seconds = number_from("INNERKV_CHURN_SECONDS", 0);
-  check::Random random(static_cast<std::uint64_t>(number_from("INNERKV_CHURN_SEED", 1)));
+  const long calls = check::number_from("INNERKV_CHURN_OPS", 30000),
+             seconds = check::number_from("INNERKV_CHURN_SECONDS", 0);
+  check::Random random(static_cast<std::uint64_t>(check::number_from("INNERKV_CHURN_SEED", 1)));
   std::vector<Family> all = families();
   all.push_back({"layers of different kinds", config_of({calibrated(), innerq(), scheme_of({}, {})})});
   for (Family& family : all) family.config.budget_bytes = std::size_t{384} << 10;

@@ -75,11 +75,10 @@ int main(int argc, char** argv) {
     LLVMFuzzerTestOneInput(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size());
   }
   if (argc > 1) return 0;
-  const char* text = std::getenv("INNERKV_FUZZ_RUNS");
-  const int runs = text && *text ? std::atoi(text) : 3000;
+  const long runs = check::number_from("INNERKV_FUZZ_RUNS", 3000);
   check::Random random(1);
   for (const Bytes& seed : seeds) LLVMFuzzerTestOneInput(seed.data(), seed.size());
-  for (int run = 0; run < runs; ++run) {
+  for (long run = 0; run < runs; ++run) {
     const Bytes& seed = seeds[static_cast<std::size_t>(random.below(static_cast<int>(seeds.size())))];
     const Bytes input = mutated(seed, seeds, random);
     LLVMFuzzerTestOneInput(input.data(), input.size());
