@@ -1,5 +1,5 @@
-// The seam between the core, which decides, and a device, which moves and computes: cpu/ implements it, cuda/
-// will.
+// The seam between the core, which decides, and a device, which moves and computes: cpu/ and cuda/ implement
+// it.
 //
 // Arguments are plain structs of pointers. Pages, extents, windows and staged tokens are device memory, which
 // only the backend may read and write; everything else is host memory.
@@ -84,7 +84,8 @@ struct QuantiseJob {
   INNERKV_HD int position(int slot) const { return sink + page_index * kPageTokens + slot; }
 };
 
-/// Attention of one sequence in one layer. Query token i is appended token tokens - q_tokens + i when causal.
+/// Attention of one sequence in one layer. Query token i is token tokens - q_behind - q_tokens + i when
+/// causal.
 struct AttendRequest {
   std::span<const HeadView> heads;  // [kv_heads]
   const float* q = nullptr;         // [q_tokens][query_heads][D]
@@ -92,8 +93,13 @@ struct AttendRequest {
   float* lse = nullptr;     // [q_tokens][query_heads] natural log-sum-exp of the scaled logits, or nullptr
   float* logits = nullptr;  // [q_tokens][query_heads][tokens], -inf where masked, or nullptr
   int q_tokens = 0;
+  int q_behind = 0;        // tokens after the last query token, which no query sees when causal
   int sliding_window = 0;  // 0 = unlimited
   bool causal = true;
+  /// [kv_heads][tokens], or nullptr: to these is added how much attention each token got, its probabilities
+  /// summed over the query tokens and the query heads of a KV head. Heads are `mass_stride` numbers apart.
+  float* mass = nullptr;
+  std::ptrdiff_t mass_stride = 0;
 };
 
 /// Plain attention over uncompressed K and V: the baseline of the benchmarks, exact prefill, and the 16-bit

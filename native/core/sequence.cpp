@@ -637,20 +637,52 @@ void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal
 }
 
 bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal,
-                  const std::atomic<bool>* aborted) {
+                  const std::atomic<bool>* aborted, std::size_t mass_numbers) {
   const CacheConfig& config = cache.config();
-  std::vector<HeadView> views;
-  views.reserve(items.size() * at(config.kv_heads));
-  std::vector<AttendRequest> requests;
+  const int heads = config.query_heads, D = config.head_dim;
+  // Masses need every probability of a query until its sum is known, so long queries are cut.
+  std::vector<int> steps;
+  int parts = 1;
   for (const BatchItem& item : items) {
     require(&item.sequence->cache() == &cache, "A sequence of another cache.");
     check_attend(*item.sequence, layer, item.q_tokens, causal);
-    const std::size_t first = views.size();
-    for (int head = 0; head < config.kv_heads; ++head) views.push_back(item.sequence->view(layer, head));
-    requests.push_back({std::span(views).subspan(first, at(config.kv_heads)), item.q, item.out, item.lse,
-                        item.logits, item.q_tokens, config.window_of_layer[at(layer)], causal});
+    const std::size_t tokens = at(item.sequence->tokens(layer));
+    const std::size_t most = mass_numbers / (at(heads) * std::max<std::size_t>(tokens, 1));
+    const bool cut = item.mass && !item.logits && most < at(item.q_tokens);  // logits are of this size anyway
+    steps.push_back(cut ? std::max(1, static_cast<int>(most)) : item.q_tokens);
+    parts = std::max(parts, (item.q_tokens + steps.back() - 1) / steps.back());
   }
-  return cache.backend().attend(config, requests, cache.rotations(), aborted);
+  for (const BatchItem& item : items)
+    if (item.mass) std::fill_n(item.mass, at(config.kv_heads) * at(item.sequence->tokens(layer)), 0.0f);
+  std::vector<HeadView> views;
+  std::vector<AttendRequest> requests;
+  for (int part = 0; part < parts; ++part) {
+    views.clear();
+    views.reserve(items.size() * at(config.kv_heads));
+    requests.clear();
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const BatchItem& item = items[i];
+      const int first = part * steps[i], count = std::min(steps[i], item.q_tokens - first);
+      if (count <= 0) continue;
+      const std::size_t first_view = views.size();
+      for (int head = 0; head < config.kv_heads; ++head) views.push_back(item.sequence->view(layer, head));
+      AttendRequest request;
+      request.heads = std::span(views).subspan(first_view, at(config.kv_heads));
+      request.q = item.q + std::ptrdiff_t{first} * heads * D;
+      request.out = item.out + std::ptrdiff_t{first} * heads * D;
+      request.lse = item.lse ? item.lse + std::ptrdiff_t{first} * heads : nullptr;
+      request.logits = item.logits;
+      request.q_tokens = count;
+      request.q_behind = item.q_tokens - first - count;
+      request.sliding_window = config.window_of_layer[at(layer)];
+      request.causal = causal;
+      request.mass = item.mass;
+      request.mass_stride = item.sequence->tokens(layer);
+      requests.push_back(request);
+    }
+    if (!cache.backend().attend(config, requests, cache.rotations(), aborted)) return false;
+  }
+  return true;
 }
 
 }  // namespace innerkv

@@ -50,7 +50,11 @@ struct BatchItem {
   float* lse;
   float* logits;
   int q_tokens;
+  float* mass = nullptr;  // [kv_heads][tokens], AttendRequest::mass from zero on
 };
+
+/// Probabilities that a call with masses keeps at once; longer queries are attended to in parts.
+inline constexpr std::size_t kMassNumbers = std::size_t{1} << 24;
 
 class Sequence {
  public:
@@ -102,7 +106,7 @@ class Sequence {
 
 /// Attention of one layer for several sequences of one cache in one pass. Returns false when aborted.
 bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal,
-                  const std::atomic<bool>* aborted);
+                  const std::atomic<bool>* aborted, std::size_t mass_numbers = kMassNumbers);
 
 /// Throws unless the item may attend: known layer, enough tokens for the queries.
 void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal);

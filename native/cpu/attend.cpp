@@ -17,6 +17,7 @@ namespace innerkv {
 
 namespace {
 constexpr int kRunPages = 32;
+constexpr int kMassTokens = 1024;
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int kMaxGroups = kMaxHeadDim / 32;
@@ -44,6 +45,7 @@ struct Task {
   bool windows;  // this task also does the sink tokens
   float*
       state;  // maximum [rows], sum [rows], output in the stored basis [rows][D], in the raw basis [rows][D]
+  float* kept = nullptr;  // [rows][tokens] base-2 logits for the masses, or nullptr
 };
 
 /// Scales of a page in float32, one per (group, slot) or (sub-block, channel), and offsets where the mode
@@ -146,7 +148,8 @@ class HeadAttention {
   float* stored_out(int r) const { return task_.state + 2 * task_.rows + r * D_; }
   float* raw_out(int r) const { return stored_out(task_.rows + r); }
   int query_position(int r) const {
-    return request_.causal ? head_.tokens - request_.q_tokens + query_token(r) : head_.tokens - 1;
+    return request_.causal ? head_.tokens - request_.q_behind - request_.q_tokens + query_token(r)
+                           : head_.tokens - 1;
   }
 
   /// Positions [first, last) that row r may see.
@@ -276,16 +279,20 @@ class HeadAttention {
   }
 
   void hide_logits(int position, int count) {
-    if (!request_.logits) return;
-    for (int r = 0; r < task_.rows; ++r) std::fill_n(logits_row(r) + position, count, kNone);
+    for (int r = 0; r < task_.rows; ++r) {
+      if (request_.logits) std::fill_n(logits_row(r) + position, count, kNone);
+      if (task_.kept) std::fill_n(kept_row(r) + position, count, kNone);
+    }
   }
+
+  float* kept_row(int r) const { return task_.kept + std::ptrdiff_t{r} * head_.tokens; }
 
   float* logits_row(int r) const {
     return request_.logits +
            (std::ptrdiff_t{query_token(r)} * config_.query_heads + query_head(r)) * head_.tokens;
   }
 
-  /// Softcap, masks and the optional output of logits, for positions position ... position + count - 1.
+  /// Softcap, masks and the optional outputs of logits, for positions position ... position + count - 1.
   void finish_scores(int position, int count) {
     for (int r = 0; r < task_.rows; ++r) {
       float* scores = s_.scores + r * kPageTokens;
@@ -299,6 +306,7 @@ class HeadAttention {
       std::fill(scores + hidden_from, scores + count, kNone);
       if (request_.logits)
         for (int i = 0; i < count; ++i) logits_row(r)[position + i] = scores[i] * kLn2;
+      if (task_.kept) std::copy_n(scores, count, kept_row(r) + position);
     }
   }
 
@@ -402,6 +410,26 @@ class HeadAttention {
   std::int64_t prepared_ = -1;
 };
 
+/// The rows of one KV head whose probabilities become masses.
+struct MassRows {
+  const AttendRequest* request;
+  int head, rows;
+  float *kept, *lse;  // [rows][tokens] and [rows], base 2
+};
+
+/// Adds the probabilities of tokens begin ... begin + count - 1, row after row.
+void add_mass(const Kernels& kernels, const MassRows& of, int begin, int count) {
+  const HeadView& view = of.request->heads[static_cast<std::size_t>(of.head)];
+  float* mass = of.request->mass + of.head * of.request->mass_stride + begin;
+  for (int r = 0; r < of.rows; ++r) {
+    if (of.lse[r] == kNone) continue;
+    float* p = of.kept + std::ptrdiff_t{r} * view.tokens + begin;
+    SoftmaxArgs args{p, count, of.lse[r], 0.0f, 1.0f};  // no logit is above the log-sum-exp
+    kernels.softmax(args);
+    for (int i = 0; i < count; ++i) mass[i] += p[i];
+  }
+}
+
 }  // namespace
 
 CpuBackend::CpuBackend(int threads, const char* isa) : kernels_(select_kernels(isa)), pool_(threads) {
@@ -415,7 +443,23 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   const int D = config.head_dim;
   const std::size_t row_floats = static_cast<std::size_t>(2 + 2 * D);
   std::vector<Task> tasks;
-  std::size_t rows_in_all = 0;
+  std::vector<MassRows> masses;
+  std::size_t rows_in_all = 0, kept_in_all = 0, kept_rows = 0;
+  for (const AttendRequest& request : requests)
+    for (int head = 0; head < config.kv_heads && request.mass; ++head) {
+      const int rows = request.q_tokens * config.group_size();
+      masses.push_back({&request, head, rows, nullptr, nullptr});
+      kept_rows += static_cast<std::size_t>(rows);
+      kept_in_all += static_cast<std::size_t>(rows) * static_cast<std::size_t>(request.heads[0].tokens);
+    }
+  const auto kept = std::make_unique_for_overwrite<float[]>(kept_in_all + kept_rows);
+  float* next_kept = kept.get();
+  for (MassRows& mass : masses) {
+    mass.kept = next_kept;
+    mass.lse = next_kept + std::ptrdiff_t{mass.rows} * mass.request->heads[0].tokens;
+    next_kept = mass.lse + mass.rows;
+  }
+  const MassRows* mass = masses.data();
   for (const AttendRequest& request : requests)
     for (int head = 0; head < config.kv_heads; ++head) {
       const HeadView& view = request.heads[static_cast<std::size_t>(head)];
@@ -426,9 +470,11 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
         for (int run = 0; run < runs; ++run) {
           const int count = std::min(kMaxRows, rows - first);
           tasks.push_back({&request, head, first, count, run * kRunPages,
-                           std::min(tiles, (run + 1) * kRunPages), run == 0, nullptr});
+                           std::min(tiles, (run + 1) * kRunPages), run == 0, nullptr,
+                           request.mass ? mass->kept + std::ptrdiff_t{first} * view.tokens : nullptr});
           rows_in_all += static_cast<std::size_t>(count);
         }
+      if (request.mass) ++mass;
     }
   std::vector<float> states(rows_in_all * row_floats);
   float* next = states.data();
@@ -448,6 +494,7 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   // Merge the runs of each row, undo the values' Hadamard once, divide by the sum. Runs of a row block are
   // neighbours.
   const int group = config.group_size();
+  mass = masses.data();
   for (std::size_t begin = 0; begin < tasks.size();) {
     const Task& lead = tasks[begin];
     std::size_t end = begin + 1;
@@ -472,10 +519,21 @@ bool CpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
                                  lead.head * group + (lead.first_row + r) % group;
       for (int c = 0; c < D; ++c)
         lead.request->out[row * D + c] = sum > 0 ? (stored[c] + raw[c]) / sum : 0.0f;
-      if (lead.request->lse) lead.request->lse[row] = sum > 0 ? (largest + std::log2(sum)) * kLn2 : kNone;
+      const float lse = sum > 0 ? largest + std::log2(sum) : kNone;
+      if (lead.request->lse) lead.request->lse[row] = lse * kLn2;
+      if (lead.request->mass) mass->lse[lead.first_row + r] = lse;
     }
+    if (lead.request->mass && lead.first_row + lead.rows == mass->rows) ++mass;
     begin = end;
   }
+  std::vector<std::pair<const MassRows*, int>> pieces;
+  for (const MassRows& rows : masses)
+    for (int begin = 0; begin < rows.request->heads[0].tokens; begin += kMassTokens)
+      pieces.push_back({&rows, begin});
+  pool_.run(static_cast<int>(pieces.size()), [&](int item, int) {
+    const auto& [rows, begin] = pieces[static_cast<std::size_t>(item)];
+    add_mass(kernels_, *rows, begin, std::min(kMassTokens, rows->request->heads[0].tokens - begin));
+  });
   return true;
 }
 
