@@ -140,23 +140,33 @@ export interface Basis64 {
   readonly pivot: Float64Array;
 }
 
+/** Steps of the transform; false leaves one out, and what follows is derived without it. */
+export interface BasisSteps {
+  readonly mean?: boolean;
+  readonly lambda?: boolean;
+  readonly rotation?: boolean;
+}
+
 /** `keys` averages over a block, `queries` over the model's context. */
 export function deriveBasis64(
   moments: HeadMoments,
   { keys, queries }: { readonly keys: PositionAverage; readonly queries: PositionAverage },
+  steps: BasisSteps = {},
 ): Basis64 {
   const n = moments.keyMean.length;
-  const mean = keys.mean(moments.keyMean);
+  const mean = steps.mean === false ? new Float64Array(n) : keys.mean(moments.keyMean);
   const second = keys.second(moments.keyMoment);
   const variance = mean.map((mu, c) => Math.max(0, second[c * (n + 1)]! - mu * mu));
   const ridge = (VARIANCE_RIDGE * variance.reduce((sum, v) => sum + v, 0)) / n;
-  const lam = variance.map((v) => (v + ridge) ** 0.25);
+  const lam = variance.map((v) => (v + ridge) ** (steps.lambda === false ? 0 : 0.25));
   if (!(Math.min(...lam) > 0)) throw unusable('The keys have no variance');
 
   const metric = queries.second(moments.queryMoment);
   for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) metric[i * n + j]! *= lam[i]! * lam[j]!;
-  for (let row = 0; row < n; row++) hadamard(metric, n, row * n, 1);
-  for (let column = 0; column < n; column++) hadamard(metric, n, column, n);
+  if (steps.rotation !== false) {
+    for (let row = 0; row < n; row++) hadamard(metric, n, row * n, 1);
+    for (let column = 0; column < n; column++) hadamard(metric, n, column, n);
+  }
   let trace = 0;
   for (let i = 0; i < n; i++) {
     trace += metric[i * (n + 1)]!;
@@ -230,14 +240,16 @@ export function roundBasis(basis: Basis64): HeadBasis {
 export function basisDeriver(options: {
   readonly rope: RopeOptions;
   readonly headDim: number;
+  /** 0: keys keep their absolute rotation, and are averaged like queries. */
   readonly blockTokens: number;
   readonly context: number;
+  readonly steps?: BasisSteps;
 }): (moments: HeadMoments) => HeadBasis {
-  const { rope, headDim, blockTokens, context } = options;
+  const { rope, headDim, blockTokens, context, steps } = options;
   const rotation = rotationOf(rope, headDim);
   const averages = {
-    keys: new PositionAverage(rotation, headDim, blockTokens),
+    keys: new PositionAverage(rotation, headDim, blockTokens || context),
     queries: new PositionAverage(rotation, headDim, context),
   };
-  return (moments) => roundBasis(deriveBasis64(moments, averages));
+  return (moments) => roundBasis(deriveBasis64(moments, averages, steps));
 }

@@ -33,11 +33,19 @@ export interface InnerqOptions {
   readonly releasedWindows?: boolean;
 }
 
+/** Parts of a scheme that can be left out, to see what they bring. */
+const ROTATED_PARTS = ['mean', 'rotation', 'clip', 'unbiased'] as const;
+const CALIBRATED_PARTS = ['blocks', 'mean', 'lambda', 'rotation', 'feedback', 'clip', 'unbiased'] as const;
+export type RotatedPart = (typeof ROTATED_PARTS)[number];
+export type CalibratedPart = (typeof CALIBRATED_PARTS)[number];
+
 export interface RotatedOptions extends BitsOptions {
   /** Tokens the key mean is taken from: the sequence's own first ones. */
   readonly statTokens?: number;
   /** Correct key scales for the shrinking of rounding. Off: without error feedback it costs more than it brings. */
   readonly unbiasedKeys?: boolean;
+  /** Ablation: the key mean, the Hadamard rotation, the clip search, the unbiased value scales. */
+  readonly without?: readonly RotatedPart[];
 }
 
 export interface CalibratedOptions extends BitsOptions {
@@ -45,6 +53,11 @@ export interface CalibratedOptions extends BitsOptions {
   readonly blockTokens?: number;
   /** Positions over which queries are averaged: the longest context to be served well. */
   readonly context?: number;
+  /**
+   * Ablation: block-relative keys, their mean, half whitening, the Hadamard rotation, error feedback, the clip search,
+   * unbiased scales. Rotation, clip search and unbiased scales are left out of the values too.
+   */
+  readonly without?: readonly CalibratedPart[];
 }
 
 const KEY_BITS = [2, 3, 4, 8, 16] as const;
@@ -68,8 +81,25 @@ function bitsOf(scheme: string, options: BitsOptions): BitsOptions {
 }
 
 /** Hadamard rotation of values, one scale per token. */
-function rotatedValues(bits: Bits): Partial<LayerScheme> {
-  return bits === 16 ? {} : { hadamardV: true, unbiasedV: true, clipV: clipRatios(bits) };
+function rotatedValues(bits: Bits, without: ReadonlySet<string>): Partial<LayerScheme> {
+  if (bits === 16) return {};
+  return {
+    hadamardV: !without.has('rotation'),
+    unbiasedV: !without.has('unbiased'),
+    clipV: without.has('clip') ? [] : clipRatios(bits),
+  };
+}
+
+function partsWithout<T extends string>(scheme: string, given: unknown, parts: readonly T[]): ReadonlySet<T> {
+  if (given !== undefined && !Array.isArray(given))
+    throw invalid(`without of schemes.${scheme} must be an array.`);
+  const names = (given ?? []) as readonly unknown[];
+  return new Set(names.map((part) => oneOf(part, parts, `without of schemes.${scheme}`)));
+}
+
+/** As in scheme names: "-no-clip-no-feedback". */
+function suffixOf(without: ReadonlySet<string>): string {
+  return [...without].map((part) => `-no-${part}`).join('');
 }
 
 function fp16(): DescribedScheme {
@@ -118,7 +148,9 @@ function innerq(options: InnerqOptions = {}): DescribedScheme {
   const changed = Object.keys(options).some(
     (name) => !['preset', 'compat', 'releasedWindows'].includes(name),
   );
-  const plain = changed ? `innerq-k${keyBits}v${valueBits}-${valueMode}` : `innerq-${preset}`;
+  const plain = changed
+    ? `innerq-k${keyBits}v${valueBits}-${valueMode}${keyNormalisation ? '' : '-no-lambda'}`
+    : `innerq-${preset}`;
   const name = `${plain}${released ? '-released' : ''}`;
   const summary =
     `InnerQ: ${keyBits}-bit keys by ${channels} channels, ${valueBits}-bit ${valueMode} values by 32 tokens` +
@@ -131,41 +163,56 @@ function innerq(options: InnerqOptions = {}): DescribedScheme {
 }
 
 function rotated(options: RotatedOptions): DescribedScheme {
-  checkOptions('rotated', options, ['keyBits', 'valueBits', 'statTokens', 'unbiasedKeys']);
+  checkOptions('rotated', options, ['keyBits', 'valueBits', 'statTokens', 'unbiasedKeys', 'without']);
   const { keyBits, valueBits } = bitsOf('rotated', options);
   const statTokens = integerIn(options.statTokens ?? 128, 1, 65536, 'statTokens');
   const unbiasedK = oneOf(options.unbiasedKeys ?? false, [true, false], 'unbiasedKeys');
-  const keys = { hadamardK: true, onlineMean: true, statTokens, unbiasedK, clipK: clipRatios(keyBits) };
+  const without = partsWithout('rotated', options.without, ROTATED_PARTS);
+  const onlineMean = !without.has('mean');
+  const keys = {
+    hadamardK: !without.has('rotation'),
+    onlineMean,
+    statTokens: onlineMean ? statTokens : 0,
+    unbiasedK,
+    clipK: without.has('clip') ? [] : clipRatios(keyBits),
+  };
   return new Preset(
-    `rotated-k${keyBits}v${valueBits}`,
+    `rotated-k${keyBits}v${valueBits}${suffixOf(without)}`,
     `${keyBits}-bit keys and ${valueBits}-bit values in a Hadamard basis, a scale per token, no calibration`,
     perToken(keyBits),
     perToken(valueBits),
-    () => ({ ...(keyBits === 16 ? {} : keys), ...rotatedValues(valueBits) }),
+    () => ({ ...(keyBits === 16 ? {} : keys), ...rotatedValues(valueBits, without) }),
   );
 }
 
 /** `source`: a file of calibration moments, or moments in memory. */
 function calibrated(source: string | Moments, options: CalibratedOptions): DescribedScheme {
-  checkOptions('calibrated', options, ['keyBits', 'valueBits', 'blockTokens', 'context']);
+  checkOptions('calibrated', options, ['keyBits', 'valueBits', 'blockTokens', 'context', 'without']);
   const { keyBits, valueBits } = bitsOf('calibrated', options);
-  const blockTokens = integerIn(options.blockTokens ?? 128, 128, 2 ** 24, 'blockTokens');
-  if (blockTokens % 128 !== 0) throw invalid(`blockTokens must be a multiple of 128, not ${blockTokens}.`);
+  const without = partsWithout('calibrated', options.without, CALIBRATED_PARTS);
+  const size = integerIn(options.blockTokens ?? 128, 128, 2 ** 24, 'blockTokens');
+  if (size % 128 !== 0) throw invalid(`blockTokens must be a multiple of 128, not ${size}.`);
+  const blockTokens = without.has('blocks') ? 0 : size;
   const context = integerIn(options.context ?? 8192, 1, 2 ** 30, 'context');
   const moments = typeof source === 'string' ? readMoments(source) : source;
   const problem = typeof source === 'string' ? undefined : flaw(source);
   if (problem !== undefined) throw invalid(`These are no calibration moments: ${problem}.`);
 
-  const bases = new BasisCache(moments, blockTokens, context);
-  const keys = { blockTokens, hadamardK: true, unbiasedK: true, clipK: clipRatios(keyBits) };
+  const bases = new BasisCache(moments, blockTokens, context, without);
+  const keys = {
+    blockTokens,
+    hadamardK: !without.has('rotation'),
+    unbiasedK: !without.has('unbiased'),
+    clipK: without.has('clip') ? [1] : clipRatios(keyBits),
+  };
   return new Preset(
-    `calibrated-k${keyBits}v${valueBits}`,
+    `calibrated-k${keyBits}v${valueBits}${suffixOf(without)}`,
     `${keyBits}-bit block-relative keys in a half-whitened Hadamard basis with error feedback, ${valueBits}-bit values`,
     perToken(keyBits),
     perToken(valueBits),
     (layer, shape) => ({
       ...(keyBits === 16 ? {} : { ...keys, basis: bases.of(layer, shape) }),
-      ...rotatedValues(valueBits),
+      ...rotatedValues(valueBits, without),
     }),
   );
 }
@@ -179,6 +226,7 @@ class BasisCache {
     private readonly moments: Moments,
     private readonly blockTokens: number,
     private readonly context: number,
+    private readonly without: ReadonlySet<CalibratedPart>,
   ) {}
 
   of(layer: number, shape: CacheShape): readonly HeadBasis[] {
@@ -192,12 +240,23 @@ class BasisCache {
     const turn = JSON.stringify({ ...rope, theta: rope.theta && [...rope.theta] });
     const known = this.bases.get(`${layer} ${turn}`);
     if (known) return known;
-    const derive = this.derivers.get(turn) ?? basisDeriver({ rope, headDim, blockTokens, context });
+    const steps = Object.fromEntries([...this.without].map((part) => [part, false]));
+    const derive = this.derivers.get(turn) ?? basisDeriver({ rope, headDim, blockTokens, context, steps });
     this.derivers.set(turn, derive);
-    const bases = heads.map(derive);
+    const bases = heads.map((head) => reduced(derive(head), this.without));
     this.bases.set(`${layer} ${turn}`, bases);
     return bases;
   }
+}
+
+/** A part that is left out is absent, not neutral: neither kernels nor pages know of it. */
+function reduced(basis: HeadBasis, without: ReadonlySet<CalibratedPart>): HeadBasis {
+  const { mean, lam, ...feedback } = basis;
+  return {
+    ...(!without.has('mean') && mean && { mean }),
+    ...(!without.has('lambda') && lam && { lam }),
+    ...(!without.has('feedback') && feedback),
+  };
 }
 
 export const schemes = { fp16, q8, q4_0, innerq, rotated, calibrated } as const;
@@ -246,19 +305,40 @@ export const builtinSchemes: readonly BuiltinScheme[] = [
   builtinCalibrated(2, 1),
 ];
 
-/** A built-in scheme, or any `rotated-kXvY` and `calibrated-kXvY`, by name. */
+/**
+ * A built-in scheme, or any `rotated-kXvY`, `calibrated-kXvY` or `innerq-kXvY-symmetric` (`-asymmetric`, `-hybrid`) by name.
+ * `-no-PART` leaves a part out: `calibrated-k2v2-no-feedback`.
+ */
 export function schemeNamed(name: string, moments?: string | Moments): DescribedScheme {
   const known = builtinSchemes.find((scheme) => scheme.name === name);
   if (known) return known.create(moments);
-  const [, family, keyBits, valueBits] = /^(rotated|calibrated)-k(\d+)v(\d+)$/.exec(name) ?? [];
-  if (family === undefined)
-    throw invalid(
-      `There is no scheme "${name}". There are ${builtinSchemes.map((scheme) => scheme.name).join(', ')}.`,
-    );
-  const options = { keyBits: Number(keyBits), valueBits: Number(valueBits) } as BitsOptions;
+  const [, family, keyBits, valueBits, rest = ''] =
+    /^(rotated|calibrated|innerq)-k(\d+)v(\d+)((?:-[a-z]+)*)$/.exec(name) ?? [];
+  if (family === undefined) throw unknownScheme(name);
+  const bits = { keyBits: Number(keyBits), valueBits: Number(valueBits) } as BitsOptions;
+  if (family === 'innerq') return innerqNamed(name, bits, rest);
+  const without = [...rest.matchAll(/-no-([a-z]+)/g)].map(([, part]) => part!);
+  if (suffixOf(new Set(without)) !== rest) throw unknownScheme(name);
+  const options = { ...bits, without: without as RotatedPart[] };
   if (family === 'rotated') return rotated(options);
   if (moments === undefined) throw invalid(`The scheme ${name} needs calibration moments.`);
   return calibrated(moments, options);
+}
+
+function innerqNamed(name: string, bits: BitsOptions, rest: string): DescribedScheme {
+  const [, valueMode, plain] = /^-(symmetric|asymmetric|hybrid)(-no-lambda)?$/.exec(rest) ?? [];
+  if (valueMode === undefined) throw unknownScheme(name);
+  return innerq({
+    ...(bits as Required<Pick<InnerqOptions, 'keyBits' | 'valueBits'>>),
+    valueMode: valueMode as ValueMode,
+    keyNormalisation: plain === undefined,
+  });
+}
+
+function unknownScheme(name: string) {
+  return invalid(
+    `There is no scheme "${name}". There are ${builtinSchemes.map((scheme) => scheme.name).join(', ')}.`,
+  );
 }
 
 export type { DescribedScheme } from './preset';

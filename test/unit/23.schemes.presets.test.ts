@@ -76,7 +76,12 @@ test('InnerQ: groups along the reduction dimension, presets, and the quantiser o
     group: 64,
     keyNormalisation: false,
   });
-  expect(custom.name).toBe('innerq-k4v2-hybrid');
+  expect(custom.name).toBe('innerq-k4v2-hybrid-no-lambda');
+  expect(schemeNamed(custom.name).key.group).toBe('channels32');
+  expect(layerOf(schemeNamed('innerq-k3v2-asymmetric'))).toMatchObject({
+    onlineLambda: true,
+    v: { mode: 'asymmetric' },
+  });
   expect(custom.key).toEqual({ bits: 4, group: 'channels64', mode: 'zeroLevel' });
   expect(layerOf(custom)).toMatchObject({ onlineLambda: false, statTokens: 0 });
 });
@@ -115,6 +120,61 @@ test('calibrated: one basis per KV head, derived once', () => {
   });
 });
 
+describe('ablation: a part that is left out is absent, and what follows is derived without it', () => {
+  const full = layerOf(schemes.calibrated(moments, bits));
+  const without = (part: string) => layerOf(schemeNamed(`calibrated-k2v2-no-${part}`, moments));
+  const firstBasis = (part: string) => without(part).basis![0]!;
+
+  test.each([
+    ['clip', { clipK: [1], clipV: [] }],
+    ['unbiased', { unbiasedK: false, unbiasedV: false }],
+  ])('calibrated without %s', (part, changed) => {
+    expect(without(part)).toEqual({ ...full, ...changed });
+  });
+
+  test('calibrated without blocks: keys are averaged over the context like queries', () => {
+    const changed = without('blocks');
+    expect(changed).toEqual({ ...full, blockTokens: 0, basis: changed.basis });
+    const spread = layerOf(schemes.calibrated(moments, { ...bits, blockTokens: 8192 }));
+    expect(changed.basis).toEqual(spread.basis);
+  });
+
+  test('calibrated without feedback: the same transform, plain rounding', () => {
+    const { mean, lam } = full.basis![0]!;
+    expect(firstBasis('feedback')).toEqual({ mean, lam });
+  });
+
+  test('calibrated without lambda or rotation: another metric', () => {
+    expect(firstBasis('lambda').lam).toBeUndefined();
+    expect(firstBasis('lambda').metric).not.toEqual(full.basis![0]!.metric);
+    expect(without('rotation')).toMatchObject({ hadamardK: false, hadamardV: false });
+    expect(firstBasis('rotation').metric).not.toEqual(full.basis![0]!.metric);
+    expect(firstBasis('rotation').lam).toEqual(full.basis![0]!.lam);
+  });
+
+  test('calibrated without mean: normalised by the second moment', () => {
+    const { mean, lam } = firstBasis('mean');
+    expect(mean).toBeUndefined();
+    lam!.forEach((value, c) => expect(value).toBeGreaterThan(full.basis![0]!.lam![c]!));
+  });
+
+  test('rotated', () => {
+    const all = layerOf(schemes.rotated(bits));
+    const bare = layerOf(schemeNamed('rotated-k2v2-no-mean-no-rotation-no-clip-no-unbiased'));
+    expect(bare).toEqual({
+      ...all,
+      ...{ onlineMean: false, statTokens: 0, hadamardK: false, hadamardV: false },
+      ...{ clipK: [], clipV: [], unbiasedV: false },
+    });
+  });
+
+  test('names say what is missing, and mean what they say', () => {
+    const scheme = schemes.calibrated(moments, { ...bits, without: ['feedback', 'clip'] });
+    expect(scheme.name).toBe('calibrated-k2v2-no-feedback-no-clip');
+    expect(layerOf(schemeNamed(scheme.name, moments))).toEqual(layerOf(scheme));
+  });
+});
+
 test('clip searches respect the limit of eight ratios', () => {
   for (const scheme of builtinSchemes) {
     const { clipK, clipV } = layerOf(scheme.create(moments));
@@ -143,6 +203,12 @@ test.each<[string, () => unknown, string]>([
     'no calibration moments',
   ],
   ['an unknown name', () => schemeNamed('rotated-2'), 'There are fp16, q8,'],
+  ['an unknown part', () => schemeNamed('calibrated-k2v2-no-sinks', moments), 'without'],
+  ['a part of another scheme', () => schemeNamed('rotated-k2v2-no-feedback'), 'without'],
+  ['a part twice', () => schemeNamed('rotated-k2v2-no-clip-no-clip'), 'There are fp16, q8,'],
+  ['something else behind the bits', () => schemeNamed('rotated-k2v2-fast'), 'There are fp16, q8,'],
+  ['InnerQ without a mode', () => schemeNamed('innerq-k3v3'), 'There are fp16, q8,'],
+  ['parts that are no list', () => schemes.rotated({ ...bits, without: 'clip' as never }), 'array'],
   ['bits in a name', () => schemeNamed('rotated-k7v2'), 'keyBits'],
   ['no moments', () => schemeNamed('calibrated-k4v2'), 'needs calibration moments'],
   ['a layer without moments', () => schemes.calibrated(moments, bits).layer(2, shape, windows), 'layer 2'],
