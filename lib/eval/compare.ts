@@ -49,12 +49,3 @@ export function compare(reference: Distribution, logits: Float32Array, target: n
 export function mean(values: readonly number[]): number {
   return values.reduce((sum, value) => sum + value, 0) / values.length;
 }
-
-/** Linear between the two nearest ranks, 0 ≤ share ≤ 1. */
-export function quantile(values: readonly number[], share: number): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  const rank = share * (sorted.length - 1);
-  const below = Math.floor(rank);
-  const above = sorted[Math.min(below + 1, sorted.length - 1)]!;
-  return sorted[below]! + (rank - below) * (above - sorted[below]!);
-}

@@ -9,8 +9,9 @@ import { type Model } from '../model/runner';
 import { schemes, type DescribedScheme, type Windows } from '../schemes';
 import { type Sequence } from '../sequence';
 import { checkInteger } from '../tensor';
-import { compare, distributionOf, mean, quantile, type Comparison, type Distribution } from './compare';
+import { compare, distributionOf, mean, type Comparison, type Distribution } from './compare';
 import { windowsOf, type ProtocolPlan } from './protocols';
+import { recordOf, suffices, summaryOf, type SchemePerplexity, type WindowRecord } from './records';
 
 export interface Contender {
   /** Of its row. */
@@ -20,6 +21,8 @@ export interface Contender {
     DescribedScheme | ((window: Int32Array, options: AbortOptions) => Promise<DescribedScheme>);
   /** Instead of the windows of all. */
   readonly windows?: Partial<Windows>;
+  /** Layers that are stored by another scheme. */
+  readonly layers?: ReadonlyMap<number, DescribedScheme>;
 }
 
 export interface PerplexityOptions extends AbortOptions {
@@ -30,7 +33,7 @@ export interface PerplexityOptions extends AbortOptions {
   readonly bos?: number | undefined;
   /** 16-bit windows of the caches. */
   readonly windows?: Partial<Windows>;
-  /** Layers that are stored by another scheme, whatever the contender. */
+  /** Layers that are stored by another scheme, whatever the contender, unless it has its own for them. */
   readonly layers?: ReadonlyMap<number, DescribedScheme>;
   /**
    * Tokens that go through the model together. Where the plan does not decode, they are also appended together: the
@@ -39,45 +42,12 @@ export interface PerplexityOptions extends AbortOptions {
   readonly chunk?: number;
   /** Bytes of text that a token stands for; without it there are no bits per byte. */
   readonly byteLength?: (token: number) => number;
+  /** Of an earlier run over the same text and plan with the same meaning of names: what is in them is not measured again. */
+  readonly known?: readonly WindowRecord[];
   /** After each window but the last: everything so far. */
   readonly onWindow?: (report: PerplexityReport) => void;
   /** `fraction` of everything, 0 … 1; what runs now. */
   readonly onProgress?: (fraction: number, scheme: string) => void;
-}
-
-/** Losses by position in the window. */
-export interface PositionBucket {
-  /** Positions from … to − 1. */
-  readonly from: number;
-  readonly to: number;
-  /** Nats per token. */
-  readonly nll: number;
-  readonly kld: number;
-}
-
-export interface SchemePerplexity {
-  readonly scheme: string;
-  /** Mean −ln q(token), nats, and its exponential. */
-  readonly nll: number;
-  readonly perplexity: number;
-  readonly bitsPerByte?: number;
-  /** Minus that of the 16-bit cache. */
-  readonly perplexityChange: number;
-  /** Divergence from the 16-bit cache, Σ p ln(p / q) per position, nats: mean and 99th percentile. */
-  readonly meanKld: number;
-  readonly kld99: number;
-  /** Share of positions with the same most probable token. */
-  readonly topAgreement: number;
-  /** Root mean square of the change of the right token's probability. */
-  readonly rmsShift: number;
-  /** Codes, scales and dense zero points per stored number, without 16-bit windows. */
-  readonly bitsPerValue: number;
-  /** Everything the cache holds at the end of a window, the largest of them, and the same per number. */
-  readonly cacheBytes: number;
-  readonly bitsPerValueInAll: number;
-  /** Of all forward passes, logits included. */
-  readonly tokensPerSecond: number;
-  readonly buckets: readonly PositionBucket[];
 }
 
 export interface PerplexityReport {
@@ -86,31 +56,21 @@ export interface PerplexityReport {
   readonly chunk: number;
   /** The 16-bit cache first. */
   readonly schemes: readonly SchemePerplexity[];
+  /** What the rows are made of, for `known`. */
+  readonly records: readonly WindowRecord[];
 }
 
-const BUCKETS = 8;
 const LOGIT_BYTES = 2 ** 29;
 
-/** What one scheme has shown so far. */
-class Lane {
-  readonly comparisons: (Comparison & { readonly position: number })[] = [];
-  cacheBytes = 0;
-  bitsPerValue = 0;
-  tokens = 0;
-  milliseconds = 0;
-
-  constructor(readonly contender: Contender) {}
-
-  get name(): string {
-    return this.contender.name;
-  }
-}
-
-/** A lane in the middle of a window. */
+/** A scheme in the middle of a window. */
 interface Run {
-  readonly lane: Lane;
+  readonly contender: Contender;
   readonly cache: KvCache;
   readonly sequence: Sequence;
+  readonly bitsPerValue: number;
+  readonly comparisons: (Comparison & { readonly position: number })[];
+  tokensRun: number;
+  milliseconds: number;
 }
 
 /**
@@ -132,46 +92,65 @@ export async function perplexity(
   const fits = Math.max(16, Math.floor(LOGIT_BYTES / (12 * vocabulary)));
   const chunk = checkInteger(options.chunk ?? Math.min(fits, plan.decoded ? 128 : 512), 1, 65536, 'chunk');
 
-  const reference = { name: 'fp16', scheme: schemes.fp16() };
-  const lanes = [reference, ...contenders.filter(({ name }) => name !== reference.name)].map(
-    (contender) => new Lane(contender),
-  );
+  const reference: Contender = { name: 'fp16', scheme: schemes.fp16() };
+  const all = [reference, ...contenders.filter(({ name }) => name !== reference.name)];
+  for (const layers of [options.layers, ...all.map((one) => one.layers)]) checkLayers(layers, model);
+  const total = windows.length * (plan.window - plan.firstScored);
+  const records = (options.known ?? []).filter((one) => suffices(one, total));
+  const missing = windows.map((_, index) => {
+    const lacks = ({ name }: Contender) =>
+      !records.some((one) => one.window === index && one.scheme === name);
+    // Who is compared is compared with a run of the 16-bit cache beside it.
+    return all.some(lacks) ? all.filter((one) => one === reference || lacks(one)) : [];
+  });
   let done = 0;
-  const steps = windows.length * lanes.length * plan.window;
+  const steps = plan.window * missing.reduce((sum, some) => sum + some.length, 0);
   for (const [index, window] of windows.entries()) {
     const runs: Run[] = [];
     try {
-      for (const lane of lanes) runs.push(await start(model, lane, window, options));
-      for (const piece of piecesOf(plan, chunk)) {
+      for (const contender of missing[index]!) runs.push(await start(model, contender, window, options));
+      for (const piece of runs.length === 0 ? [] : piecesOf(plan, chunk)) {
         let expected: readonly Distribution[] = [];
-        for (const { lane, sequence } of runs) {
+        for (const run of runs) {
           throwIfAborted(signal);
-          onProgress?.(done / steps, lane.name);
-          const logits = await advance(model, lane, sequence, window, piece, options);
-          if (piece.scored && lane === lanes[0]) expected = logits.map(distributionOf);
+          onProgress?.(done / steps, run.contender.name);
+          const logits = await advance(model, run, window, piece, options);
+          if (piece.scored && run === runs[0]) expected = logits.map(distributionOf);
           if (piece.scored)
             logits.forEach((row, i) => {
               const position = piece.from + i + 1;
-              lane.comparisons.push({ ...compare(expected[i]!, row, window[position]!), position });
+              run.comparisons.push({ ...compare(expected[i]!, row, window[position]!), position });
             });
           done += piece.to - piece.from;
         }
       }
-      for (const { lane, cache } of runs)
-        lane.cacheBytes = Math.max(lane.cacheBytes, cache.stats().usedBytes);
+      for (const { contender, cache, sequence: _, ...seen } of runs) {
+        const cacheBytes = cache.stats().usedBytes;
+        const record = recordOf({ scheme: contender.name, window: index, cacheBytes, ...seen }, plan, total);
+        if (!records.some((one) => one.window === index && one.scheme === contender.name))
+          records.push(record);
+      }
     } finally {
       for (const { cache } of runs) cache.dispose();
     }
-    if (index + 1 < windows.length)
-      options.onWindow?.(reportOf(model, lanes, windows.slice(0, index + 1), options, chunk));
+    if (runs.length > 0 && index + 1 < windows.length)
+      options.onWindow?.(reportOf(model, all, records, windows.slice(0, index + 1), options, chunk));
   }
   onProgress?.(1, '');
-  return reportOf(model, lanes, windows, options, chunk);
+  return reportOf(model, all, records, windows, options, chunk);
 }
 
+function checkLayers(layers: PerplexityOptions['layers'], { config }: Model): void {
+  for (const layer of layers?.keys() ?? [])
+    if (!(layer < config.layers))
+      throw invalid(`There is no layer ${layer}: the model has ${config.layers}.`);
+}
+
+/** Rows of `all` over `windows`. Records of other schemes and windows are handed on. */
 function reportOf(
   model: Model,
-  lanes: readonly Lane[],
+  all: readonly Contender[],
+  records: readonly WindowRecord[],
   windows: readonly Int32Array[],
   { plan, byteLength }: PerplexityOptions,
   chunk: number,
@@ -179,30 +158,50 @@ function reportOf(
   const { layers, kvHeads, headDim } = model.config;
   const numbers = 2 * layers * kvHeads * headDim * (plan.window - 1);
   const bytes = bytesScored(plan, windows, byteLength);
-  const base = mean(lanes[0]!.comparisons.map(({ nll }) => nll));
+  const of = ({ name }: Contender) =>
+    records
+      .filter((one) => one.scheme === name && one.window < windows.length)
+      .sort((a, b) => a.window - b.window);
+  const base = of(all[0]!);
+  const nll = base.reduce((sum, one) => sum + one.nll, 0) / base.reduce((sum, one) => sum + one.tokens, 0);
   return {
     windows: windows.length,
     tokensScored: windows.length * (plan.window - plan.firstScored),
     chunk,
-    schemes: lanes.map((lane) => summary(lane, { plan, base, bytes, numbers })),
+    schemes: all.map((one) => summaryOf(of(one), { plan, base: nll, bytes, numbers })),
+    records: [...records],
   };
 }
 
-async function start(model: Model, lane: Lane, window: Int32Array, options: PerplexityOptions): Promise<Run> {
+/** The scheme of each layer: the contender's own exceptions, those of all, its scheme. The 16-bit run has no exceptions. */
+export function layerSchemes(
+  { name, layers }: Pick<Contender, 'name' | 'layers'>,
+  scheme: DescribedScheme,
+  ofAll: PerplexityOptions['layers'],
+): (layer: number) => DescribedScheme {
+  return (layer) => (name === 'fp16' ? undefined : (layers?.get(layer) ?? ofAll?.get(layer))) ?? scheme;
+}
+
+async function start(
+  model: Model,
+  contender: Contender,
+  window: Int32Array,
+  options: PerplexityOptions,
+): Promise<Run> {
   const { layers, signal } = options;
-  const { scheme: given, windows = options.windows } = lane.contender;
-  const scheme = typeof given === 'function' ? await given(window, signal ? { signal } : {}) : given;
-  const pure = lane.name === 'fp16';
-  const chosen = (layer: number) => (pure ? undefined : layers?.get(layer)) ?? scheme;
-  const shape = { ...model.cacheShape(), scheme: chosen, ...(windows && { windows }) };
+  const { scheme: given, windows = options.windows } = contender;
+  const made = typeof given === 'function' ? await given(window, signal ? { signal } : {}) : given;
+  const scheme = layerSchemes(contender, made, layers);
+  const shape = { ...model.cacheShape(), scheme, ...(windows && { windows }) };
   const { totalBytes, fp16Bytes } = KvCache.estimate({ ...shape, tokens: window.length });
   // Zero points of hybrid schemes depend on the data; a budget that is not used costs nothing.
   const memory = 2 * (totalBytes + fp16Bytes) + 2 ** 26;
-  const cache = await model.createCache({ scheme: chosen, memory, ...(windows && { windows }) });
-  lane.bitsPerValue = mean(
+  const cache = await model.createCache({ scheme, memory, ...(windows && { windows }) });
+  const bitsPerValue = mean(
     cache.plan().map(({ keyBitsPerValue, valueBitsPerValue }) => (keyBitsPerValue + valueBitsPerValue) / 2),
   );
-  return { lane, cache, sequence: cache.sequence() };
+  const sequence = cache.sequence();
+  return { contender, cache, sequence, bitsPerValue, comparisons: [], tokensRun: 0, milliseconds: 0 };
 }
 
 /** Tokens from … to − 1 of a window; their logits are of interest or not. */
@@ -226,22 +225,21 @@ function piecesOf({ window, firstScored }: ProtocolPlan, chunk: number): Piece[]
 /** Appends one piece; rows of logits where it is scored. */
 async function advance(
   model: Model,
-  lane: Lane,
-  sequence: Sequence,
+  run: Run,
   window: Int32Array,
   { from, to, scored }: Piece,
   { plan, signal }: PerplexityOptions,
 ): Promise<readonly Float32Array[]> {
   const started = performance.now();
-  const logits = await model.forward(sequence, window.subarray(from, to), {
+  const logits = await model.forward(run.sequence, window.subarray(from, to), {
     activations: 'float32',
     logits: scored ? 'all' : 'none',
     chunk: to - from,
     ...(plan.decoded && { step: 1 }),
     ...(signal && { signal }),
   });
-  lane.milliseconds += performance.now() - started;
-  lane.tokens += to - from;
+  run.milliseconds += performance.now() - started;
+  run.tokensRun += to - from;
   const { vocabulary } = model.config;
   return Array.from({ length: logits.length / vocabulary }, (_, i) =>
     logits.subarray(i * vocabulary, (i + 1) * vocabulary),
@@ -257,40 +255,4 @@ function bytesScored(
   let bytes = 0;
   for (const window of windows) for (const token of window.subarray(firstScored)) bytes += byteLength(token);
   return bytes;
-}
-
-interface Totals {
-  readonly plan: ProtocolPlan;
-  /** Mean loss over the 16-bit cache. */
-  readonly base: number;
-  readonly bytes: number | undefined;
-  readonly numbers: number;
-}
-
-function summary(lane: Lane, { plan, base, bytes, numbers }: Totals): SchemePerplexity {
-  const { comparisons } = lane;
-  const nll = mean(comparisons.map((one) => one.nll));
-  const klds = comparisons.map((one) => one.kld);
-  const size = Math.ceil(plan.window / BUCKETS);
-  const buckets = Array.from({ length: BUCKETS }, (_, i) => {
-    const [from, to] = [i * size, Math.min((i + 1) * size, plan.window)];
-    const inside = comparisons.filter(({ position }) => position >= from && position < to);
-    return { from, to, nll: mean(inside.map((one) => one.nll)), kld: mean(inside.map((one) => one.kld)) };
-  }).filter((bucket) => !Number.isNaN(bucket.nll));
-  return {
-    scheme: lane.name,
-    nll,
-    perplexity: Math.exp(nll),
-    ...(bytes && { bitsPerByte: (nll * comparisons.length) / Math.LN2 / bytes }),
-    perplexityChange: Math.exp(nll) - Math.exp(base),
-    meanKld: mean(klds),
-    kld99: quantile(klds, 0.99),
-    topAgreement: mean(comparisons.map((one) => Number(one.sameTop))),
-    rmsShift: Math.sqrt(mean(comparisons.map((one) => one.shift ** 2))),
-    bitsPerValue: lane.bitsPerValue,
-    cacheBytes: lane.cacheBytes,
-    bitsPerValueInAll: (8 * lane.cacheBytes) / numbers,
-    tokensPerSecond: (1000 * lane.tokens) / lane.milliseconds,
-    buckets,
-  };
 }

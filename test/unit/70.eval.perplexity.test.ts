@@ -6,7 +6,8 @@ import {
   type Contender,
   type PerplexityOptions,
 } from '../../lib/eval';
-import { compare, distributionOf, quantile } from '../../lib/eval/compare';
+import { compare, distributionOf } from '../../lib/eval/compare';
+import { layerSchemes } from '../../lib/eval/perplexity';
 import { tokensFor, windowsOf } from '../../lib/eval/protocols';
 import { Model, type ModelConfig } from '../../lib/model';
 import { failure } from '../support/failures';
@@ -19,6 +20,7 @@ afterAll(() => {
   removeModels();
 });
 
+jest.setTimeout(60_000);
 const random = new Random(70);
 const ids = (count: number) => Int32Array.from({ length: count }, () => random.below(40));
 const opened = (changes: Partial<ModelConfig> = {}) =>
@@ -55,13 +57,6 @@ describe('two distributions', () => {
       const row = logits().map((x) => factor * x);
       expect(compare(distributionOf(row), row.slice(), 3)).toMatchObject({ kld: 0, sameTop: true, shift: 0 });
     }
-  });
-
-  test('quantiles lie between the nearest ranks', () => {
-    const values = Array.from({ length: 101 }, (_, i) => 100 - i);
-    expect([0, 0.5, 0.99, 1].map((share) => quantile(values, share))).toEqual([0, 50, 99, 100]);
-    expect(quantile([1, 2], 0.75)).toBe(1.75);
-    expect(quantile([5], 0.99)).toBe(5);
   });
 });
 
@@ -186,6 +181,76 @@ describe('perplexity of a model', () => {
     expect(half.schemes[1]!.meanKld).toBeGreaterThan(0);
   });
 
+  test('an exception for a layer changes that layer and no other', async () => {
+    const [q4, q8, all] = [schemes.q4_0(), schemes.q8(), rotated];
+    const own = { name: 'own', layers: new Map([[2, q8]]) };
+    const of = layerSchemes(own, q4, new Map([[0, all], [2, all]])); // prettier-ignore
+    expect([0, 1, 2, 3].map((layer) => of(layer).name)).toEqual([all.name, 'q4_0', 'q8', 'q4_0']);
+    expect(layerSchemes({ ...own, name: 'fp16' }, q4, new Map([[0, all]]))(2)).toBe(q4);
+
+    // The same keys and values in every layer: what a layer holds then depends on its scheme alone.
+    using model = opened({ layers: 4 });
+    const windows = { sink: 2, recent: 6 };
+    const rows = Float32Array.from({ length: 200 * 2 * 64 }, () => random.gaussian());
+    const held = (
+      scheme: PerplexityOptions['contenders'][number]['scheme'] | ((layer: number) => typeof q4),
+    ) => {
+      using cache = model.createCacheSync({ scheme: scheme as typeof q4, windows, memory: '64MiB' });
+      const sequence = cache.sequence();
+      return [0, 1, 2, 3].map((layer) => {
+        sequence.appendSync(layer, rows, rows);
+        const { scheme: _, ...plan } = cache.plan()[layer]!;
+        const pages = [0, 1].map((head) => sequence.pageBytes(layer, head, 0));
+        return { plan: { ...plan, layer: 0 }, pages };
+      });
+    };
+    const [mixed, uniform] = [held(of), { q4: held(q4)[0], q8: held(q8)[0], all: held(all)[0] }];
+    expect(mixed).toEqual([uniform.all, uniform.q4, uniform.q8, uniform.q4]);
+    expect(mixed[2]).not.toEqual(mixed[1]);
+
+    const name = '1 in 8 bits';
+    const report = await perplexity(model, text, {
+      ...small,
+      plan: plan('P3'),
+      contenders: [contender(q4), { name, scheme: q4, layers: new Map([[1, q8]]) }],
+    });
+    const [, plain, excepted] = report.schemes;
+    expect(excepted!.bitsPerValue - plain!.bitsPerValue).toBeCloseTo((q8.bitsPerValue(64) - 4.5) / 4, 10);
+    expect(excepted!.meanKld).not.toBe(plain!.meanKld);
+  });
+
+  test('what is known is not measured again, and puts the same rows together', async () => {
+    using model = opened();
+    const run = (options: Partial<PerplexityOptions>) =>
+      perplexity(model, text, {
+        ...small,
+        plan: plan('P3', 64),
+        contenders: [contender(schemes.q4_0()), contender(rotated)],
+        ...options,
+      });
+    const untimed = ({ schemes: rows, records: _, ...rest }: Awaited<ReturnType<typeof run>>) => ({
+      ...rest,
+      rows: rows.map(({ tokensPerSecond, ...row }) => ({ ...row, timed: tokensPerSecond > 0 })),
+    });
+    const whole = await run({});
+    const measured: string[] = [];
+    const watch = { onProgress: (_: number, name: string) => name && measured.push(name) };
+    const stored = (report: typeof whole) =>
+      JSON.parse(JSON.stringify(report.records)) as typeof report.records;
+    expect(await run({ known: stored(whole), ...watch })).toEqual(whole);
+    expect(measured).toEqual([]);
+
+    // One scheme of one window, as after an interrupted run; records of other schemes are handed on.
+    const part = await run({ chunks: 1, contenders: [contender(rotated), contender(schemes.q8())] });
+    const resumed = await run({ known: stored(part), ...watch });
+    expect(untimed(resumed)).toEqual(untimed(whole));
+    expect(new Set(measured)).toEqual(new Set(['fp16', 'q4_0', rotated.name]));
+    expect(measured.filter((name) => name === rotated.name).length).toBeLessThan(
+      measured.filter((name) => name === 'q4_0').length,
+    );
+    expect(resumed.records.map(({ scheme }) => scheme)).toContain('q8');
+  });
+
   test('bits per byte, losses by position, reports and progress on the way', async () => {
     const reports: number[] = [];
     const fractions: number[] = [];
@@ -239,6 +304,10 @@ describe('perplexity of a model', () => {
       bad('not one window of 261'),
     );
     await expect(measured({ plan: plan('P3'), contenders, chunk: 0 })).rejects.toThrow(bad('chunk'));
+    const layers = new Map([[2, schemes.q8()]]);
+    await expect(measured({ plan: plan('P3'), contenders, layers })).rejects.toThrow(bad('no layer 2'));
+    const own = [{ ...contender(rotated), layers }];
+    await expect(measured({ plan: plan('P3'), contenders: own })).rejects.toThrow(bad('no layer 2'));
     const controller = new AbortController();
     const aborted = measured({
       plan: plan('P3'),
