@@ -1,5 +1,4 @@
 /** `innerkv calibrate`: moments of a model's keys and queries, for schemes.calibrated(). */
-import { renameSync, rmSync, writeFileSync } from 'node:fs';
 import { basename } from 'node:path';
 import { createBackend } from '../backend';
 import { calibrate as observe } from '../eval/calibrate';
@@ -7,6 +6,7 @@ import { leadingTokens, readText } from '../eval/text';
 import { Model, openModel } from '../model';
 import { encodeMoments } from '../schemes';
 import { EXIT, count, required, type Command, type Values } from './command';
+import { writeWhole } from './files';
 import { interruptible } from './interrupt';
 import { Progress, bytes, pairs } from './terminal';
 import { versions } from './version';
@@ -70,15 +70,3 @@ export const calibrate: Command = {
     return EXIT.ok;
   },
 };
-
-/** A file that is there is whole: an interrupted write leaves none, or the old one. */
-function writeWhole(path: string, data: Uint8Array): void {
-  const partial = `${path}.${process.pid}.partial`;
-  try {
-    writeFileSync(partial, data);
-    renameSync(partial, path);
-  } catch (error) {
-    rmSync(partial, { force: true });
-    throw error;
-  }
-}

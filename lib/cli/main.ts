@@ -7,9 +7,10 @@ import { generate } from './generate';
 import { inspect } from './inspect';
 import { perplexity } from './perplexity';
 import { runProgram } from './program';
+import { sweep } from './sweep';
 
 runProgram({
   name: 'innerkv',
   summary: 'innerkv: a low-bit KV cache with fused attention',
-  commands: [doctor, estimate, inspect, demo, generate, calibrate, perplexity],
+  commands: [doctor, estimate, inspect, demo, generate, calibrate, perplexity, sweep],
 });

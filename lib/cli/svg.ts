@@ -3,12 +3,17 @@
 export interface Point {
   readonly x: number;
   readonly y: number;
+  /** Beside the point; may be empty. */
   readonly label: string;
+  /** Shown when a reader points at it. */
+  readonly title?: string;
 }
 
 export interface Series {
   readonly name: string;
   readonly points: readonly Point[];
+  /** Default: points joined by a line. */
+  readonly style?: 'points' | 'line';
 }
 
 export interface Plot {
@@ -68,17 +73,20 @@ export function renderSvg({ title, xLabel, yLabel, series }: Plot): string {
       line(AREA.left, y.at(tick), right, y.at(tick)),
       text(AREA.left - 8, y.at(tick) + 4, String(tick), 'text-anchor="end"'),
     );
-  series.forEach(({ name, points: own }, index) => {
-    const colour = COLOURS[index % COLOURS.length]!;
+  series.forEach(({ name, points: own, style }, index) => {
+    const colour = style === 'line' ? '#888' : COLOURS[index % COLOURS.length]!;
     const shown = own.filter((point) => point.x > 0 && point.y > 0).sort((a, b) => a.x - b.x);
     const path = shown.map((point) => `${round(x.at(point.x))},${round(y.at(point.y))}`).join(' ');
-    if (shown.length > 1)
+    if (shown.length > 1 && style !== 'points')
       body.push(`<polyline points="${path}" fill="none" stroke="${colour}" stroke-width="1.5"/>`);
-    for (const point of shown)
+    for (const point of style === 'line' ? [] : shown) {
+      const tip = point.title === undefined ? '' : `<title>${escape(point.title)}</title>`;
       body.push(
-        `<circle cx="${round(x.at(point.x))}" cy="${round(y.at(point.y))}" r="4.5" fill="${colour}"/>`,
-        text(x.at(point.x) + 7, y.at(point.y) - 6, point.label, `fill="${colour}"`),
+        `<circle cx="${round(x.at(point.x))}" cy="${round(y.at(point.y))}" r="4.5" fill="${colour}">${tip}</circle>`,
       );
+      if (point.label !== '')
+        body.push(text(x.at(point.x) + 7, y.at(point.y) - 6, point.label, `fill="${colour}"`));
+    }
     body.push(
       `<circle cx="${round(right - 150)}" cy="${AREA.top + 10 + 20 * index}" r="4.5" fill="${colour}"/>`,
       text(right - 140, AREA.top + 14 + 20 * index, name),

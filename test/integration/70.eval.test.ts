@@ -1,7 +1,8 @@
-import { readFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { schemes } from '../../lib';
 import { parseOptions } from '../../lib/cli/command';
 import { perplexity as commandLine } from '../../lib/cli/perplexity';
+import { type SweepReport } from '../../lib/cli/sweep';
 import { leadingTokens, perplexity, planOf } from '../../lib/eval';
 import { Model, openModel } from '../../lib/model';
 import { decodeFloats, readSafetensors } from '../../lib/schemes/safetensors';
@@ -111,7 +112,7 @@ describeWithData('the command line on stories260K', Object.values(story), () => 
       schemes: { scheme: string; bitsPerByte: number; meanKld: number }[];
     };
     expect(report).toMatchObject({
-      text: 'tinystories_dev.jsonl',
+      text: { file: 'tinystories_dev.jsonl' },
       protocol: { protocol: 'P3', window: 64, stride: 64, bos: 'text', decoded: true },
       ...{ windows: 2, tokensScored: 64, layers: { 0: 'fp16' }, cacheWindows: { sink: 4, recent: 8 } },
     });
@@ -126,6 +127,59 @@ describeWithData('the command line on stories260K', Object.values(story), () => 
     expect(status).toBe(0);
     for (const text of ['window 64, stride 32', '64 tokens scored', '99 % KLD', 'q8', '32…39', 'top-1'])
       expect(stdout).toContain(text);
+  }, 60_000);
+
+  test('innerkv sweep: a grid, its front, the plot; it goes on where it was', () => {
+    const [out, svg] = [temporaryFile('sweep.json'), temporaryFile('sweep.svg')];
+    const args = ['sweep', ...common, '--tokens', '64', '--windows', '4+8', '--out', out, '--json'];
+    const run = (...more: string[]) => {
+      const { status, stdout, stderr } = innerkv([...args, ...more]);
+      expect([status, stderr]).toEqual([0, '']);
+      return JSON.parse(stdout) as SweepReport;
+    };
+    const stored = () =>
+      JSON.parse(readFileSync(out, 'utf8')) as SweepReport & { records: { scheme: string }[] };
+    const grid = ['--scheme', 'rotated-k{2,3}v2', '--scheme', 'q4_0@{0+0,4+8}'];
+    run(...grid, '--chunks', '1');
+    const first = stored();
+    expect(first.records).toHaveLength(5);
+    // Another scheme and another window: the first window of the others is not measured again.
+    const report = run(...grid, '--chunks', '2', '--scheme', 'q8', '--svg', svg);
+    const names = ['rotated-k2v2', 'rotated-k3v2', 'q4_0@0+0', 'q4_0@4+8', 'q8'];
+    expect(new Set(report.schemes.map(({ scheme }) => scheme))).toEqual(new Set(['fp16', ...names]));
+    expect(stored().records).toHaveLength(12);
+    expect(stored().records).toEqual(expect.arrayContaining(first.records));
+    const again = run(...grid, '--chunks', '2', '--scheme', 'q8');
+    expect(again.schemes).toEqual(report.schemes);
+
+    const sizes = report.schemes.map((row) => row.bitsPerValueInAll);
+    expect(sizes).toEqual(sizes.toSorted((a, b) => a - b));
+    for (const row of report.schemes) {
+      const beaten = report.schemes.some(
+        (other) => other.bitsPerValueInAll < row.bitsPerValueInAll && other.meanKld < row.meanKld,
+      );
+      expect(row.front).toBe(!beaten && row.scheme !== 'fp16');
+    }
+    const drawn = readFileSync(svg, 'utf8');
+    for (const text of ['<svg', 'Pareto front', 'rotated-k2v2', 'mean KLD', 'stories'])
+      expect(drawn).toContain(text);
+
+    const refused = (...more: string[]) => innerkv([...args, '--scheme', 'q8', ...more]);
+    const other = refused('--protocol', 'P4');
+    expect([other.status, other.stderr]).toEqual([
+      1,
+      expect.stringContaining('another model, text, protocol'),
+    ]);
+    writeFileSync(out, '{');
+    expect(refused()).toMatchObject({ status: 1, stderr: expect.stringContaining('is no sweep') });
+    expect(readFileSync(out, 'utf8')).toBe('{');
+  }, 120_000);
+
+  test('innerkv sweep for people', () => {
+    const args = ['sweep', ...common, '--tokens', '64', '--chunks', '1', '--scheme', 'q8,q4_0,q4_0[0=q8]'];
+    const { status, stdout } = innerkv(args);
+    expect(status).toBe(0);
+    for (const text of ['window 64', '* ', 'q4_0[0=q8]', 'in all']) expect(stdout).toContain(text);
   }, 60_000);
 
   test.each([
