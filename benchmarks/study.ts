@@ -1,0 +1,101 @@
+/**
+ * `npm run study`: measures what docs/fidelity.md says. Every experiment is one `innerkv sweep`, printed before it runs; its
+ * results lie in benchmarks/results/study and are gone on with when it is interrupted. Data: INNERKV_DATA.
+ */
+import { existsSync, mkdirSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { calibrate } from '../lib/cli/calibrate';
+import {
+  EXIT,
+  UsageError,
+  list,
+  parseOptions,
+  required,
+  type Command,
+  type Values,
+} from '../lib/cli/command';
+import { schemeNames } from '../lib/cli/contenders';
+import { runProgram } from '../lib/cli/program';
+import { sweep, type SweepReport } from '../lib/cli/sweep';
+import { dataPath } from '../test/support/data';
+import { calibrationTexts, experiments, type Experiment } from './study/experiments';
+import { tableOf } from './study/report';
+
+const root = join(__dirname, '..');
+const model = dataPath('models', 'smollm2-135m', 'smollm2-135m-instruct.q4_1.gguf');
+const work = join(root, 'build', 'study');
+const results = join(root, 'benchmarks', 'results', 'study');
+
+async function execute(command: Command, args: readonly string[]): Promise<void> {
+  console.log(
+    `\n$ innerkv ${command.name} ${args.map((one) => (/[{},[\]=@]/.test(one) ? `'${one}'` : one)).join(' ')}`,
+  );
+  const status = await command.run(parseOptions(command, args));
+  if (status !== EXIT.ok) throw new Error(`innerkv ${command.name} ended with ${status}`);
+}
+
+async function momentsOf(name: string, threads: string): Promise<string> {
+  const path = join(work, `${name}.calib.safetensors`);
+  const source = dataPath(calibrationTexts[name]!);
+  if (!existsSync(path))
+    await execute(calibrate, ['--model', model, '--text', source, '--threads', threads, '-o', path]);
+  return path;
+}
+
+async function run(experiment: Experiment, threads: string): Promise<void> {
+  const { name, question, text, protocol, tokens, windows, calibrations, schemes } = experiment;
+  console.log(`\n## ${name}: ${question}`);
+  const files: string[] = [];
+  for (const one of calibrations) files.push('--calibration', `${one}=${await momentsOf(one, threads)}`);
+  await execute(sweep, [
+    ...['--model', model, '--text', dataPath(text), '--protocol', protocol, '--chunks', String(windows)],
+    ...(tokens === undefined ? [] : ['--tokens', String(tokens)]),
+    ...files,
+    ...schemes.flatMap((scheme) => ['--scheme', scheme]),
+    ...['--threads', threads, '--out', join(results, `${name}.json`)],
+  ]);
+}
+
+function printTable(experiment: Experiment): void {
+  const path = join(results, `${experiment.name}.json`);
+  if (!existsSync(path)) return;
+  const report = JSON.parse(readFileSync(path, 'utf8')) as SweepReport;
+  const { windows, tokensScored, text, date, processor, versions } = report;
+  console.log(`\n## ${experiment.name}: ${experiment.question}`);
+  console.log(
+    `${text.file}, ${windows} windows, ${tokensScored} tokens scored, ${date}, ${processor}, ${JSON.stringify(versions)}\n`,
+  );
+  console.log(tableOf(report, experiment, schemeNames(experiment.schemes)));
+}
+
+const study: Command = {
+  name: 'run',
+  summary: 'the experiments of docs/fidelity.md',
+  options: {
+    only: { value: 'NAME,…', help: 'these experiments' },
+    threads: { value: 'N', help: 'threads', default: '1' },
+    plan: { help: 'only print what would be measured' },
+    tables: { help: 'only print the tables of what was measured' },
+  },
+  notes: `Experiments:\n${experiments.map(({ name, question }) => `  ${name}: ${question}`).join('\n')}`,
+  async run(values: Values) {
+    const only = list(values, 'only') ?? experiments.map(({ name }) => name);
+    const unknown = only.filter((name) => !experiments.some((one) => one.name === name));
+    if (unknown.length > 0) throw new UsageError(`there is no experiment ${unknown.join(', ')}`);
+    const chosen = experiments.filter(({ name }) => only.includes(name));
+    if (values.plan === true) {
+      for (const one of chosen) console.log(`${one.name}: ${one.windows} x ${one.schemes.join(' ')}`);
+      return EXIT.ok;
+    }
+    if (values.tables === true) {
+      for (const one of chosen) printTable(one);
+      return EXIT.ok;
+    }
+    mkdirSync(work, { recursive: true });
+    mkdirSync(results, { recursive: true });
+    for (const one of chosen) await run(one, required(values, 'threads'));
+    return EXIT.ok;
+  },
+};
+
+runProgram({ name: 'study', summary: 'what schemes cost a model, at length', commands: [study] });
