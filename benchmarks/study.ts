@@ -19,6 +19,7 @@ import { runProgram } from '../lib/cli/program';
 import { sweep, type SweepReport } from '../lib/cli/sweep';
 import { dataPath } from '../test/support/data';
 import { calibrationTexts, experiments, type Experiment } from './study/experiments';
+import { leads, type Lead } from './study/leads';
 import { tableOf } from './study/report';
 
 const root = join(__dirname, '..');
@@ -68,6 +69,14 @@ function printTable(experiment: Experiment): void {
   console.log(tableOf(report, experiment, schemeNames(experiment.schemes)));
 }
 
+async function pursue({ name, question, run: start }: Lead, threads: string): Promise<void> {
+  console.log(`\n## ${name}: ${question}`);
+  await start({
+    ...{ model, work, data: dataPath, out: join(results, `${name}.json`), threads: Number(threads) },
+    moments: () => momentsOf('wiki', threads),
+  });
+}
+
 const study: Command = {
   name: 'run',
   summary: 'the experiments of docs/fidelity.md',
@@ -77,10 +86,11 @@ const study: Command = {
     plan: { help: 'only print what would be measured' },
     tables: { help: 'only print the tables of what was measured' },
   },
-  notes: `Experiments:\n${experiments.map(({ name, question }) => `  ${name}: ${question}`).join('\n')}`,
+  notes: `Experiments:\n${[...experiments, ...leads].map(({ name, question }) => `  ${name}: ${question}`).join('\n')}`,
   async run(values: Values) {
-    const only = list(values, 'only') ?? experiments.map(({ name }) => name);
-    const unknown = only.filter((name) => !experiments.some((one) => one.name === name));
+    const all = [...experiments, ...leads].map(({ name }) => name);
+    const only = list(values, 'only') ?? all;
+    const unknown = only.filter((name) => !all.includes(name));
     if (unknown.length > 0) throw new UsageError(`there is no experiment ${unknown.join(', ')}`);
     const chosen = experiments.filter(({ name }) => only.includes(name));
     if (values.plan === true) {
@@ -93,7 +103,9 @@ const study: Command = {
     }
     mkdirSync(work, { recursive: true });
     mkdirSync(results, { recursive: true });
-    for (const one of chosen) await run(one, required(values, 'threads'));
+    const threads = required(values, 'threads');
+    for (const one of chosen) await run(one, threads);
+    for (const one of leads.filter(({ name }) => only.includes(name))) await pursue(one, threads);
     return EXIT.ok;
   },
 };

@@ -29,7 +29,7 @@ interface Row {
  */
 function storageOf(name: string): DescribedScheme {
   if (!name.startsWith('calibrated-')) return schemeNamed(name);
-  const twin = schemeNamed(name.replace('calibrated-', 'rotated-'));
+  const twin = schemeNamed(name.replace('calibrated-', 'rotated-').replace(/-no-.*$/, ''));
   return {
     name,
     key: twin.key,

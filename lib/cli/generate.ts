@@ -27,7 +27,7 @@ export const generate: Command = {
     prompt: { value: 'TEXT', many: true, help: 'several are generated together; - is read from stdin' },
     chat: { help: 'the prompt is a message to a chat model' },
     system: { value: 'TEXT', help: 'system message of the chat' },
-    scheme: { value: 'NAME', help: 'how keys and values are stored', default: 'rotated-k4v4' },
+    scheme: { value: 'NAME', help: 'how keys and values are stored', default: '4bit' },
     calibration: { value: 'FILE', help: 'moments of this model, for calibrated-kXvY' },
     windows: { value: 'A+B', help: 'first and newest tokens kept in 16 bits', default: '32+96' },
     memory: { value: 'SIZE', help: 'budget of the cache, such as 512MiB (default: what is needed)' },
@@ -43,11 +43,12 @@ export const generate: Command = {
     threads: { value: 'N', help: 'threads (default: all cores)' },
     stream: { help: 'print text as it comes (default on a terminal)' },
   },
-  notes: `Schemes: ${builtinSchemes.map(({ name }) => name).join(', ')};\nalso any rotated-kXvY and calibrated-kXvY.`,
+  notes: `Schemes: ${builtinSchemes.map(({ name }) => name).join(', ')};\nalso any rotated-kXvY and calibrated-kXvY; 2bit, 3bit and 4bit are calibrated with --calibration, else rotated.`,
   async run(values: Values) {
     const path = required(values, 'model');
     const threads = values.threads === undefined ? {} : { threads: count(values, 'threads') };
-    const request = requestOf(values);
+    const scheme = schemeOf(required(values, 'scheme'), text(values, 'calibration'));
+    const request = { ...requestOf(values), scheme };
     const file = openModel(path);
     const prompts = promptsOf(values);
     await using backend = await createBackend({ backend: 'cpu', ...threads });
@@ -71,7 +72,7 @@ export const generate: Command = {
       throw error;
     }
     const summary = await generation.finish();
-    if (values.json) console.log(JSON.stringify(reportOf(values, file, backend.info, summary), null, 2));
+    if (values.json) console.log(JSON.stringify(reportOf(values, scheme.name, file, backend.info, summary), null, 2));
     else {
       if (stream) console.log();
       else print(summary);
@@ -98,7 +99,6 @@ function requestOf(values: Values): GenerateOptions {
   };
   return {
     ...Object.fromEntries(Object.entries(settings).filter(([, value]) => value !== undefined)),
-    scheme: schemeOf(required(values, 'scheme'), text(values, 'calibration')),
     windows: { sink: Number(sink), recent: Number(recent) },
     maxTokens: count(values, 'max-tokens'),
     stop: texts(values, 'stop'),
@@ -160,6 +160,7 @@ function costOf(summary: BatchSummary): string {
 
 function reportOf(
   values: Values,
+  scheme: string,
   file: ModelFile,
   { kind, isa, threads }: { kind: string; isa: string; threads: number },
   { texts: all, prefill, decode, ...cost }: BatchSummary,
@@ -168,7 +169,7 @@ function reportOf(
     versions: versions(),
     backend: { kind, isa, threads },
     model: { name: file.name, file: basename(file.path), fingerprint: file.fingerprint },
-    scheme: values.scheme,
+    scheme,
     windows: values.windows,
     // One prompt, one text; several are a list.
     ...(all.length === 1 ? all[0] : { texts: all }),

@@ -13,7 +13,7 @@ import { type Tokenizer, type TokenStream } from './tokenizer';
 
 export interface GenerateOptions
   extends SamplerOptions, Pick<ForwardOptions, 'activations' | 'chunk' | 'step' | 'signal'> {
-  /** Default: schemes.rotated({ keyBits: 4, valueBits: 4 }). */
+  /** Default: schemes.preset(4). */
   readonly scheme?: KvCacheOptions['scheme'];
   readonly windows?: KvCacheOptions['windows'];
   /** Budget of the cache. Default: twice what the prompts and `maxTokens` take; it is taken from the machine as needed. */
@@ -282,7 +282,7 @@ class Run {
   }
 
   private async ownCache(): Promise<KvCache> {
-    const { scheme = schemes.rotated({ keyBits: 4, valueBits: 4 }), windows, maxTokens = 256 } = this.options;
+    const { scheme = schemes.preset(4), windows, maxTokens = 256 } = this.options;
     const base = { ...this.model.cacheShape(), scheme, ...(windows && { windows }) };
     const prompt = Math.max(...this.rows.map(({ promptTokens }) => promptTokens));
     const tokens = Math.min(this.model.config.contextLength, prompt + maxTokens);

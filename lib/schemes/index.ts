@@ -259,7 +259,21 @@ function reduced(basis: HeadBasis, without: ReadonlySet<CalibratedPart>): HeadBa
   };
 }
 
-export const schemes = { fp16, q8, q4_0, innerq, rotated, calibrated } as const;
+/** Keys and values of the presets, by evidence: docs/fidelity.md, "Defaults". */
+const PRESETS = { 2: [2, 2], 3: [3, 3], 4: [4, 4] } as const;
+
+/**
+ * The scheme to take at a size, in bits per number and a fraction for scales: `calibrated` with moments of the model, `rotated`
+ * without.
+ */
+function preset(bits: 2 | 3 | 4, moments?: string | Moments): DescribedScheme {
+  const [keyBits, valueBits] = PRESETS[oneOf(bits, [2, 3, 4] as const, 'bits of schemes.preset')];
+  return moments === undefined
+    ? rotated({ keyBits, valueBits })
+    : calibrated(moments, { keyBits, valueBits });
+}
+
+export const schemes = { fp16, q8, q4_0, innerq, rotated, calibrated, preset } as const;
 
 /** One of the schemes that are compared by default; `create` needs moments where `calibrated` is true. */
 export interface BuiltinScheme {
@@ -307,11 +321,13 @@ export const builtinSchemes: readonly BuiltinScheme[] = [
 
 /**
  * A built-in scheme, or any `rotated-kXvY`, `calibrated-kXvY` or `innerq-kXvY-symmetric` (`-asymmetric`, `-hybrid`) by name.
- * `-no-PART` leaves a part out: `calibrated-k2v2-no-feedback`.
+ * `-no-PART` leaves a part out: `calibrated-k2v2-no-feedback`. `2bit`, `3bit` and `4bit` are the presets.
  */
 export function schemeNamed(name: string, moments?: string | Moments): DescribedScheme {
   const known = builtinSchemes.find((scheme) => scheme.name === name);
   if (known) return known.create(moments);
+  const [, size] = /^([234])bit$/.exec(name) ?? [];
+  if (size !== undefined) return preset(Number(size) as 2 | 3 | 4, moments);
   const [, family, keyBits, valueBits, rest = ''] =
     /^(rotated|calibrated|innerq)-k(\d+)v(\d+)((?:-[a-z]+)*)$/.exec(name) ?? [];
   if (family === undefined) throw unknownScheme(name);

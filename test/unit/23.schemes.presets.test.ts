@@ -175,6 +175,18 @@ describe('ablation: a part that is left out is absent, and what follows is deriv
   });
 });
 
+test('presets: calibrated with moments, rotated without, by name too', () => {
+  for (const size of [2, 3, 4] as const) {
+    const [plain, tuned] = [schemes.preset(size), schemes.preset(size, moments)];
+    expect(plain.name).toMatch(/^rotated-/);
+    expect(tuned.name).toMatch(/^calibrated-/);
+    expect(Math.floor(plain.bitsPerValue(64))).toBe(size);
+    expect(Math.floor(tuned.bitsPerValue(64))).toBe(size);
+    expect(schemeNamed(`${size}bit`).name).toBe(plain.name);
+    expect(schemeNamed(`${size}bit`, moments).name).toBe(tuned.name);
+  }
+});
+
 test('clip searches respect the limit of eight ratios', () => {
   for (const scheme of builtinSchemes) {
     const { clipK, clipV } = layerOf(scheme.create(moments));
@@ -203,6 +215,8 @@ test.each<[string, () => unknown, string]>([
     'no calibration moments',
   ],
   ['an unknown name', () => schemeNamed('rotated-2'), 'There are fp16, q8,'],
+  ['a preset that is none', () => schemes.preset(5 as never), 'bits of schemes.preset'],
+  ['the name of one that is none', () => schemeNamed('1bit'), 'There are fp16, q8,'],
   ['an unknown part', () => schemeNamed('calibrated-k2v2-no-sinks', moments), 'without'],
   ['a part of another scheme', () => schemeNamed('rotated-k2v2-no-feedback'), 'without'],
   ['a part twice', () => schemeNamed('rotated-k2v2-no-clip-no-clip'), 'There are fp16, q8,'],
