@@ -11,12 +11,15 @@ import {
   list,
   parseOptions,
   required,
+  text,
   type Command,
   type Values,
 } from '../lib/cli/command';
 import { schemeNames } from '../lib/cli/contenders';
 import { runProgram } from '../lib/cli/program';
-import { sweep, type SweepReport } from '../lib/cli/sweep';
+import { writeWhole } from '../lib/cli/files';
+import { renderSvg } from '../lib/cli/svg';
+import { plotOf, ranked, sweep, type SweepReport } from '../lib/cli/sweep';
 import { dataPath } from '../test/support/data';
 import { calibrationTexts, experiments, type Experiment } from './study/experiments';
 import { leads, type Lead } from './study/leads';
@@ -44,12 +47,12 @@ async function momentsOf(name: string, threads: string): Promise<string> {
 }
 
 async function run(experiment: Experiment, threads: string): Promise<void> {
-  const { name, question, text, protocol, tokens, windows, calibrations, schemes } = experiment;
+  const { name, question, text: source, protocol, tokens, windows, calibrations, schemes } = experiment;
   console.log(`\n## ${name}: ${question}`);
   const files: string[] = [];
   for (const one of calibrations) files.push('--calibration', `${one}=${await momentsOf(one, threads)}`);
   await execute(sweep, [
-    ...['--model', model, '--text', dataPath(text), '--protocol', protocol, '--chunks', String(windows)],
+    ...['--model', model, '--text', dataPath(source), '--protocol', protocol, '--chunks', String(windows)],
     ...(tokens === undefined ? [] : ['--tokens', String(tokens)]),
     ...files,
     ...schemes.flatMap((scheme) => ['--scheme', scheme]),
@@ -57,15 +60,19 @@ async function run(experiment: Experiment, threads: string): Promise<void> {
   ]);
 }
 
+/** What was measured, by a sweep or, before there were sweeps, by perplexity. */
+function reportOf(name: string): SweepReport | undefined {
+  const paths = [join(results, `${name}.json`), join(results, '..', `2026-11-21-${name}.json`)];
+  const path = paths.find((one) => existsSync(one));
+  return path === undefined ? undefined : (JSON.parse(readFileSync(path, 'utf8')) as SweepReport);
+}
+
 function printTable(experiment: Experiment): void {
-  const path = join(results, `${experiment.name}.json`);
-  if (!existsSync(path)) return;
-  const report = JSON.parse(readFileSync(path, 'utf8')) as SweepReport;
-  const { windows, tokensScored, text, date, processor, versions } = report;
-  console.log(`\n## ${experiment.name}: ${experiment.question}`);
-  console.log(
-    `${text.file}, ${windows} windows, ${tokensScored} tokens scored, ${date}, ${processor}, ${JSON.stringify(versions)}\n`,
-  );
+  const report = reportOf(experiment.name);
+  if (!report) return;
+  const { windows, tokensScored, protocol } = report;
+  console.log(`\n## ${experiment.name}: ${experiment.question}\n`);
+  console.log(`${windows} windows of ${protocol.window} tokens, ${tokensScored} scored\n`);
   console.log(tableOf(report, experiment, schemeNames(experiment.schemes)));
 }
 
@@ -85,6 +92,7 @@ const study: Command = {
     threads: { value: 'N', help: 'threads', default: '1' },
     plan: { help: 'only print what would be measured' },
     tables: { help: 'only print the tables of what was measured' },
+    svg: { value: 'FILE', help: 'only draw the experiment wikitext' },
   },
   notes: `Experiments:\n${[...experiments, ...leads].map(({ name, question }) => `  ${name}: ${question}`).join('\n')}`,
   async run(values: Values) {
@@ -95,6 +103,14 @@ const study: Command = {
     const chosen = experiments.filter(({ name }) => only.includes(name));
     if (values.plan === true) {
       for (const one of chosen) console.log(`${one.name}: ${one.windows} x ${one.schemes.join(' ')}`);
+      return EXIT.ok;
+    }
+    const svg = text(values, 'svg');
+    if (svg !== undefined) {
+      const report = reportOf('wikitext');
+      if (!report) throw new UsageError('wikitext was not measured yet');
+      const title = `SmolLM2-135M, WikiText-2, ${report.windows} windows of 2,048 tokens decoded through the cache`;
+      writeWhole(svg, renderSvg(plotOf(ranked(report).schemes, title)));
       return EXIT.ok;
     }
     if (values.tables === true) {

@@ -59,7 +59,10 @@ async function values({ model, data, moments, work, out, threads }: LeadPlaces):
     const contenders = VALUE_SCHEMES.map((name) => ({ name, scheme: schemeNamed(name, anyModel) }));
     const report = await perplexity(changed, ids, { plan, contenders });
     kinds[kind] = report.schemes;
-    writeWhole(out, json({ ...facts(), text: 'wikitext2-test-joined.txt', protocol: plan, valueBases, kinds }));
+    writeWhole(
+      out,
+      json({ ...facts(), text: 'wikitext2-test-joined.txt', protocol: plan, valueBases, kinds }),
+    );
     const line = report.schemes.map(({ scheme, meanKld }) => `${scheme} ${meanKld.toFixed(5)}`);
     console.log(`${kind}: ${line.join(', ')}`);
   }

@@ -72,7 +72,8 @@ export const generate: Command = {
       throw error;
     }
     const summary = await generation.finish();
-    if (values.json) console.log(JSON.stringify(reportOf(values, scheme.name, file, backend.info, summary), null, 2));
+    if (values.json)
+      console.log(JSON.stringify(reportOf(values, scheme.name, file, backend.info, summary), null, 2));
     else {
       if (stream) console.log();
       else print(summary);

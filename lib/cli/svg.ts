@@ -35,13 +35,41 @@ function escape(text: string): string {
 
 const round = (value: number) => value.toFixed(1);
 
-/** 1, 2 and 5 times powers of ten that lie inside [low, high]. */
+/** 1, 2 and 5 times powers of ten that lie inside [low, high], or all digits times them where those are fewer than three. */
 function ticks(low: number, high: number): number[] {
   const first = Math.floor(Math.log10(low));
   const decades = Array.from({ length: Math.ceil(Math.log10(high)) - first + 1 }, (_, i) => first + i);
-  return decades
-    .flatMap((decade) => [1, 2, 5].map((mantissa) => Number(`${mantissa}e${decade}`)))
-    .filter((tick) => tick >= low && tick <= high);
+  const of = (mantissas: readonly number[]) =>
+    decades
+      .flatMap((decade) => mantissas.map((mantissa) => Number(`${mantissa}e${decade}`)))
+      .filter((tick) => tick >= low && tick <= high);
+  const coarse = of([1, 2, 5]);
+  return coarse.length < 3 ? of([1, 2, 3, 4, 5, 6, 7, 8, 9]) : coarse;
+}
+
+/** Places labels beside points, each in the first of four places where it covers no earlier one. */
+class Labels {
+  private readonly taken: { left: number; right: number; y: number }[] = [];
+
+  place(x: number, y: number, content: string): { x: number; y: number; anchor: 'start' | 'end' } {
+    const width = 6.2 * content.length;
+    const choices = [
+      { x: x + 7, y: y - 6, anchor: 'start' },
+      { x: x + 7, y: y + 15, anchor: 'start' },
+      { x: x - 7, y: y - 6, anchor: 'end' },
+      { x: x - 7, y: y + 15, anchor: 'end' },
+    ] as const;
+    const box = (choice: (typeof choices)[number]) => {
+      const left = choice.anchor === 'start' ? choice.x : choice.x - width;
+      return { left, right: left + width, y: choice.y };
+    };
+    const free = ({ left, right, y: own }: ReturnType<typeof box>) =>
+      right < WIDTH &&
+      !this.taken.some((other) => left < other.right && right > other.left && Math.abs(own - other.y) < 12);
+    const chosen = choices.find((choice) => free(box(choice))) ?? choices[0];
+    this.taken.push(box(chosen));
+    return chosen;
+  }
 }
 
 /** Maps [low, high], widened by a margin, to [from, to]. */
@@ -62,6 +90,7 @@ export function renderSvg({ title, xLabel, yLabel, series }: Plot): string {
   const line = (x1: number, y1: number, x2: number, y2: number) =>
     `<line x1="${round(x1)}" y1="${round(y1)}" x2="${round(x2)}" y2="${round(y2)}" stroke="#ddd"/>`;
 
+  const labels = new Labels();
   const body: string[] = [];
   for (const tick of x.ticks)
     body.push(
@@ -84,8 +113,9 @@ export function renderSvg({ title, xLabel, yLabel, series }: Plot): string {
       body.push(
         `<circle cx="${round(x.at(point.x))}" cy="${round(y.at(point.y))}" r="4.5" fill="${colour}">${tip}</circle>`,
       );
-      if (point.label !== '')
-        body.push(text(x.at(point.x) + 7, y.at(point.y) - 6, point.label, `fill="${colour}"`));
+      if (point.label === '') continue;
+      const place = labels.place(x.at(point.x), y.at(point.y), point.label);
+      body.push(text(place.x, place.y, point.label, `text-anchor="${place.anchor}" fill="${colour}"`));
     }
     body.push(
       `<circle cx="${round(right - 150)}" cy="${AREA.top + 10 + 20 * index}" r="4.5" fill="${colour}"/>`,

@@ -23,6 +23,9 @@ export type SweepRow = SchemePerplexity & { readonly front: boolean };
 export type SweepReport = Omit<MeasurementReport, 'schemes'> & { readonly schemes: readonly SweepRow[] };
 type SweepFile = SweepReport & { readonly prefill: string; readonly records: readonly WindowRecord[] };
 
+/** More of them would hide each other. */
+const LABELS = 16;
+
 export const sweep: Command = {
   name: 'sweep',
   summary: 'a grid of schemes on a text: size against divergence, and its Pareto front',
@@ -56,7 +59,7 @@ export const sweep: Command = {
         },
       }),
     );
-    if (svg !== undefined) writeWhole(svg, renderSvg(plotOf(report)));
+    if (svg !== undefined) writeWhole(svg, renderSvg(plotOf(report.schemes, titleOf(report))));
     if (values.json) console.log(JSON.stringify(report, null, 2));
     else print(report, svg);
     return EXIT.ok;
@@ -64,7 +67,9 @@ export const sweep: Command = {
 };
 
 /** Rows by size, with the front marked. The 16-bit cache is what is compared with, so it is not on it. */
-function ranked(report: MeasurementReport): SweepReport {
+export function ranked<R extends Pick<MeasurementReport, 'schemes'>>(
+  report: R,
+): Omit<R, 'schemes'> & { readonly schemes: readonly SweepRow[] } {
   const rows = [...report.schemes].sort((a, b) => a.bitsPerValueInAll - b.bitsPerValueInAll);
   const packed = rows.filter(({ scheme }) => scheme !== 'fp16');
   const best = paretoFront(packed, (row) => [row.bitsPerValueInAll, row.meanKld]);
@@ -122,17 +127,23 @@ function familyOf(scheme: string): string {
   return /^[a-z]+(?:\d+(?:_\d+)?)?/.exec(scheme)?.[0] ?? scheme;
 }
 
-function plotOf({ schemes, text: source, protocol, windows, model }: SweepReport): Plot {
+function titleOf({ model, text: source, protocol, windows }: SweepReport): string {
+  return `${model.name}, ${source.file}, ${protocol.protocol}, ${windows} x ${protocol.window} tokens`;
+}
+
+/** All points have labels where there are few, those of the front else. */
+export function plotOf(rows: readonly SweepRow[], title: string): Plot {
+  const packed = rows.filter(({ scheme }) => scheme !== 'fp16');
+  const few = packed.length <= LABELS;
   const point = (row: SweepRow) => ({
     x: row.bitsPerValueInAll,
     y: row.meanKld,
-    label: row.front ? row.scheme : '',
+    label: few || row.front ? row.scheme : '',
     title: `${row.scheme}: ${row.bitsPerValueInAll.toFixed(2)} bits, KLD ${row.meanKld.toFixed(4)}`,
   });
-  const packed = schemes.filter(({ scheme }) => scheme !== 'fp16');
   const families = [...new Set(packed.map(({ scheme }) => familyOf(scheme)))];
   return {
-    title: `${model.name}, ${source.file}, ${protocol.protocol}, ${windows} x ${protocol.window} tokens`,
+    title,
     xLabel: 'bits per number, 16-bit windows included',
     yLabel: 'mean KLD from the 16-bit cache, nats',
     series: [
