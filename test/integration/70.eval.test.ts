@@ -1,4 +1,7 @@
-import { readFileSync, writeFileSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { setTimeout } from 'node:timers/promises';
 import { schemes } from '../../lib';
 import { parseOptions } from '../../lib/cli/command';
 import { perplexity as commandLine } from '../../lib/cli/perplexity';
@@ -173,6 +176,26 @@ describeWithData('the command line on stories260K', Object.values(story), () => 
     writeFileSync(out, '{');
     expect(refused()).toMatchObject({ status: 1, stderr: expect.stringContaining('is no sweep') });
     expect(readFileSync(out, 'utf8')).toBe('{');
+  }, 120_000);
+
+  test('innerkv sweep ends on Ctrl-C, and what it had measured is there', async () => {
+    const out = temporaryFile('sweep.json');
+    const args = ['bin/innerkv.js', 'sweep', ...common, '--tokens', '64', '--scheme', 'q8', '--out', out];
+    const child = spawn(process.execPath, args, { env: { ...process.env, INNERKV_SOURCE: '1' } });
+    let errors = '';
+    child.stderr.on('data', (text: Buffer) => (errors += text.toString()));
+    const ended = once(child, 'exit');
+    while (child.exitCode === null && !existsSync(out)) await setTimeout(20);
+    child.kill('SIGINT');
+    expect(await ended).toEqual([1, null]);
+    expect(errors).toContain('Interrupted');
+    const { windows, records } = JSON.parse(readFileSync(out, 'utf8')) as {
+      windows: number;
+      records: object[];
+    };
+    expect(records).toHaveLength(2 * windows);
+    const { status, stdout } = innerkv([...args.slice(1), '--chunks', String(windows), '--json']);
+    expect([status, (JSON.parse(stdout) as SweepReport).windows]).toEqual([0, windows]);
   }, 120_000);
 
   test('innerkv sweep for people', () => {
