@@ -2,5 +2,6 @@
 import { runProgram } from '../lib/cli/program';
 import { cpu } from './cpu';
 import { cuda } from './cuda';
+import { model } from './model';
 
-runProgram({ name: 'bench', summary: 'benchmarks of innerkv', commands: [cpu, cuda] });
+runProgram({ name: 'bench', summary: 'benchmarks of innerkv', commands: [cpu, cuda, model] });

@@ -196,6 +196,14 @@ export interface NativeForwardOptions {
 
 /** Sums over tokens: [layers][kvHeads] and then [D], [D][D], [D][D]. */
 export interface NativeMomentSums {
+/** Seconds of one forward pass, and what of them went into each part. */
+export interface NativePassTimes {
+  readonly all: number;
+  readonly products: number;
+  readonly append: number;
+  readonly attend: number;
+}
+
   /** Keys, and queries per query head: those of the first tokens are in the latter only. */
   readonly tokens: number;
   readonly queryTokens: number;
@@ -217,7 +225,7 @@ export interface NativeModel {
     items: readonly NativeForwardItem[],
     options: NativeForwardOptions,
     moments: NativeMoments | undefined,
-  ): Either<void>;
+  ): Either<NativePassTimes>;
   moments(skip: number): NativeMoments;
   dispose(): void;
 }

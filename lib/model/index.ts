@@ -19,6 +19,7 @@ export type {
   ForwardOptions,
   ModelCacheOptions,
   ModelWeights,
+  PassTimes,
   RecordedMoments,
   ScoreItem,
   Tokens,

@@ -8,6 +8,7 @@ import {
   type NativeModel,
   type NativeMoments,
   type NativeMomentSums,
+  type NativePassTimes,
 } from '../binding';
 import { KvCache, type KvCacheOptions } from '../cache';
 import { invalid } from '../errors';
@@ -72,6 +73,12 @@ export type ModelWeights = Pick<ModelFile, 'config' | 'tensors'> &
 
 export type ModelCacheOptions = Pick<KvCacheOptions, 'scheme' | 'windows' | 'memory'>;
 
+/**
+ * Seconds of a forward pass: all of it, products with weights, appending keys and values, attention. The rest is norms,
+ * rotations and the like; queueing is not counted.
+ */
+export type PassTimes = Readonly<NativePassTimes>;
+
 /** A model of the Llama family with its weights mapped into memory. Disposed with its backend. */
 export class Model extends Owned<NativeModel> {
   /** @internal */
@@ -81,6 +88,7 @@ export class Model extends Owned<NativeModel> {
   readonly bytesPerToken: number;
   readonly identity: ModelIdentity;
   private readonly cacheHeadDim: number;
+  private times: PassTimes = { all: 0, products: 0, append: 0, attend: 0 };
 
   private constructor(
     readonly backend: Backend,
@@ -130,6 +138,11 @@ export class Model extends Owned<NativeModel> {
   }
 
   /** A cache of this model's shape, with its RoPE and sliding window. Heads are padded to a size that caches have. */
+  /** Where the last forward pass that succeeded spent its time. */
+  get lastPass(): PassTimes {
+    return this.times;
+  }
+
   async createCache(options: ModelCacheOptions): Promise<KvCache> {
     return Promise.resolve(this.createCacheSync(options));
   }
@@ -251,13 +264,16 @@ export class Model extends Owned<NativeModel> {
   private async run(items: NativeForwardItem[], options: ForwardOptions): Promise<void> {
     const native = this.forwardOptions(options);
     const moments = options.observe?.life.use();
-    await abortable(options.signal, (flag) => this.life.use().forward(false, flag, items, native, moments));
+    this.times = await abortable(options.signal, (flag) =>
+      this.life.use().forward(false, flag, items, native, moments),
+    );
   }
 
   private runSync(items: NativeForwardItem[], options: ForwardOptions): void {
     throwIfAborted(options.signal);
     const native = this.forwardOptions(options);
-    void this.life.use().forward(true, undefined, items, native, options.observe?.life.use());
+    const moments = options.observe?.life.use();
+    this.times = this.life.use().forward(true, undefined, items, native, moments) as PassTimes;
   }
 
   private forwardOptions(options: ForwardOptions): NativeForwardOptions {

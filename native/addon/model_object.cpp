@@ -50,7 +50,7 @@ std::vector<TensorPlace> read_places(const Napi::Value& value) {
   std::vector<TensorPlace> places;
   for (std::uint32_t i = 0; i < array.Length(); ++i) {
     const Fields fields(array.Get(i), "tensor");
-    TensorPlace place{fields.text("name"), fields.text("path"), type_named(fields.text("type")), {}, 0, 0};
+    TensorPlace place{fields.text("name"), fields.text("path"), type_named(fields.text("type")), {}, 0, 0, 1};
     const Napi::Array shape = fields.list("shape");
     for (std::uint32_t j = 0; j < shape.Length(); ++j) {
       const Napi::Value size = shape.Get(j);
@@ -85,6 +85,7 @@ struct ForwardCall {
   ForwardOptions options;
 
   void run() {
+  PassTimes times;
     std::vector<ForwardItem> batch;
     for (Item& item : items)
       batch.push_back({item.sequence->core.get(), item.tokens, item.logits.data(), item.logit_rows,
@@ -92,13 +93,19 @@ struct ForwardCall {
     runner->core->forward(batch, options, moments ? &moments->core : nullptr, aborted.get());
     for (Item& item : items) item.sequence->publish();
   }
+    times = runner->core->times();
 
   Napi::Value deliver(Napi::Env env) const {
     for (const Item& item : items)
       for (const Output* output : {&item.logits, &item.nll}) output->check();
     for (const Item& item : items)
       for (const Output* output : {&item.logits, &item.nll}) output->deliver();
-    return env.Undefined();
+    Napi::Object result = Napi::Object::New(env);
+    result.Set("all", times.all);
+    result.Set("products", times.products);
+    result.Set("append", times.append);
+    result.Set("attend", times.attend);
+    return result;
   }
 };
 
@@ -137,7 +144,7 @@ Napi::Value ModelObject::info(const Napi::CallbackInfo& info) {
   });
 }
 
-/// (sync, abort, items, { chunk, step, byteActivations }, moments or undefined)
+/// (sync, abort, items, { chunk, step, byteActivations }, moments or undefined) => PassTimes
 Napi::Value ModelObject::forward(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const CallMode mode = read_mode(info);

@@ -1,6 +1,7 @@
 #include "runner.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -15,7 +16,7 @@ constexpr int kScoredRows = 64;  // rows of logits held at once while targets ar
 
 std::size_t at(int i) { return static_cast<std::size_t>(i); }
 
-/// x <- x / rms(x) * weight
+/// x / rms(x) * weight
 void rms_norm(const float* x, const float* weight, int count, float epsilon, float* out) {
   double sum = 0;
   for (int i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
@@ -35,6 +36,20 @@ Runner::Runner(std::shared_ptr<const Model> model, std::shared_ptr<CpuBackend> b
     : model_(std::move(model)),
       backend_(std::move(backend)),
       kernels_(model_kernels(backend_->isa())),
+/// Adds the time that it lives to a sum of seconds.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
+  ~Stopwatch() { seconds_ += std::chrono::duration<double>(Clock::now() - started_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double& seconds_;
+  const Clock::time_point started_ = Clock::now();
+};
+
       multiplier_(kernels_, backend_->pool()) {}
 
 void Runner::check(std::span<const ForwardItem> items) const {
@@ -86,6 +101,8 @@ void Runner::forward(std::span<const ForwardItem> items, const ForwardOptions& o
     for (;;) {
       // Every sequence gets an equal share of the chunk, those with few tokens left give theirs to the
       // others.
+  times_ = {};
+  const Stopwatch all(times_.all);
       std::vector<Part> parts;
       int rows = 0, left = 0;
       for (std::size_t i = 0; i < items.size(); ++i)
@@ -120,6 +137,11 @@ void Runner::normalise(const std::vector<float>& weight, int rows) {
     rms_norm(residual_.data() + at(row) * at(hidden), weight.data(), hidden, model_->config().rms_epsilon,
              input_.row(row));
   });
+}
+
+void Runner::multiply(const Activations& x, int rows, std::span<const Product> products, bool bytes) {
+  const Stopwatch time(times_.products);
+  multiplier_.run(x, 0, rows, products, bytes);
 }
 
 void Runner::add_residual(int rows) {
@@ -197,7 +219,7 @@ void Runner::attention(int layer_index, std::span<const Part> parts, int rows, c
   const Product projections[] = {{&layer.q, qkv_.data(), width},
                                  {&layer.k, qkv_.data() + k_at, width},
                                  {&layer.v, qkv_.data() + v_at, width}};
-  multiplier_.run(input_, 0, rows, projections, options.byte_activations);
+  multiply(input_, rows, projections, options.byte_activations);
   each_row(rows, [&](int row) {
     float* x = qkv_.data() + row * width;
     add_bias(x, layer.q_bias);
@@ -256,11 +278,13 @@ void Runner::attention(int layer_index, std::span<const Part> parts, int rows, c
                   heads_out_.row(row) + std::ptrdiff_t{head} * D);
   });
   const Product output{&layer.o, delta_.data(), config.hidden};
-  multiplier_.run(heads_out_, 0, rows, {&output, 1}, options.byte_activations);
+  multiply(heads_out_, rows, {&output, 1}, options.byte_activations);
+      const Stopwatch time(times_.append);
   add_residual(rows);
 }
 
 void Runner::feed_forward(const ModelLayer& layer, int rows, bool bytes) {
+    const Stopwatch time(times_.attend);
   const int width = padded(model_->config().intermediate);
   normalise(layer.ffn_norm, rows);
   const Product products[] = {{&layer.gate, hidden_.row(0), width}, {&layer.up, up_.data(), width}};
@@ -268,7 +292,7 @@ void Runner::feed_forward(const ModelLayer& layer, int rows, bool bytes) {
   each_row(rows,
            [&](int row) { kernels_.swiglu(hidden_.row(row), up_.data() + at(row) * at(width), width); });
   const Product down{&layer.down, delta_.data(), model_->config().hidden};
-  multiplier_.run(hidden_, 0, rows, {&down, 1}, bytes);
+  multiply(hidden_, rows, {&down, 1}, bytes);
   add_residual(rows);
 }
 
@@ -294,7 +318,7 @@ void Runner::score(std::span<const Part> parts, bool bytes) {
         logits = logits_.data();
       }
       const Product head{&model_->head(), logits, vocabulary};
-      multiplier_.run(input_, 0, count, {&head, 1}, bytes);
+      multiply(input_, count, {&head, 1}, bytes);
       if (!straight && token + count > first_logit)
         std::copy(logits + (first_logit - token) * vocabulary, logits + count * vocabulary, item.logits);
       if (!item.targets.empty())

@@ -32,6 +32,11 @@ struct ForwardOptions {
   bool byte_activations = true;  // in products with few tokens
 };
 
+/// Where a pass spent its time, in seconds; the rest is norms, rotations and the like.
+struct PassTimes {
+  double all = 0, products = 0, append = 0, attend = 0;
+};
+
 class Runner {
  public:
   Runner(std::shared_ptr<const Model> model, std::shared_ptr<CpuBackend> backend);
@@ -42,6 +47,8 @@ class Runner {
   /// Error, and then every sequence is as it was before.
   void forward(std::span<const ForwardItem> items, const ForwardOptions& options, Moments* moments,
                const std::atomic<bool>* aborted);
+  /// Of the last pass.
+  const PassTimes& times() const { return times_; }
 
  private:
   /// Some tokens of one item on their way through the layers.
@@ -59,6 +66,7 @@ class Runner {
   void feed_forward(const ModelLayer& layer, int rows, bool bytes);
   void rotate_row(const ModelLayer& layer, int row, int index);
   void score(std::span<const Part> parts, bool bytes);
+  void multiply(const Activations& x, int rows, std::span<const Product> products, bool bytes);
   void normalise(const std::vector<float>& weight, int rows);
   void add_residual(int rows);
   void each_row(int rows, auto&& body);
@@ -76,6 +84,7 @@ class Runner {
   std::vector<std::uint16_t> k_, v_;        // [kv_heads][cache_head_dim]
   std::vector<float> cos_, sin_;            // [pairs]
   std::vector<float> logits_;
+  PassTimes times_;
 };
 
 }  // namespace innerkv
