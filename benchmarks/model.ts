@@ -85,7 +85,7 @@ export const model: Command = {
         benchmark: 'model',
         command: ['npm run bench --', ...process.argv.slice(2)].join(' '),
         machine: describeMachine(),
-        isa: backend.info.isa ?? '',
+        isa: backend.info.isa,
         model: opened.identity.name,
         bytesPerToken: opened.bytesPerToken,
         threads,

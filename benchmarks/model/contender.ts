@@ -96,6 +96,7 @@ export class Ours implements Contender {
   }
 
   async close(): Promise<void> {
-    await Promise.resolve(this.cache.dispose());
+    this.cache.dispose();
+    await Promise.resolve();
   }
 }
