@@ -166,6 +166,7 @@ export interface NativeModelOptions {
   readonly rmsEpsilon: number;
   readonly theta: Float64Array;
   readonly halfLayout: boolean;
+  readonly bareNorms: boolean;
 }
 
 export interface NativeTensor {
@@ -176,6 +177,7 @@ export interface NativeTensor {
   readonly path: string;
   readonly offset: number;
   readonly bytes: number;
+  readonly scale: number;
 }
 
 export interface NativeForwardItem {
@@ -194,9 +196,10 @@ export interface NativeForwardOptions {
   readonly byteActivations: boolean;
 }
 
-/** Sums over tokens: [layers][kvHeads] and then [D], [D][D], [D][D]. */
-export interface NativeMomentSums {
-/** Seconds of one forward pass, and what of them went into each part. */
+/**
+ * Seconds of a forward pass: all of it, products with weights, appending keys and values, attention. The rest is norms,
+ * rotations and the like; queueing is not counted.
+ */
 export interface NativePassTimes {
   readonly all: number;
   readonly products: number;
@@ -204,6 +207,8 @@ export interface NativePassTimes {
   readonly attend: number;
 }
 
+/** Sums over tokens: [layers][kvHeads] and then [D], [D][D], [D][D]. */
+export interface NativeMomentSums {
   /** Keys, and queries per query head: those of the first tokens are in the latter only. */
   readonly tokens: number;
   readonly queryTokens: number;

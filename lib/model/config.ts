@@ -23,6 +23,11 @@ export interface ModelConfig {
   readonly rope: RopeOptions;
   /** A query sees this many tokens, itself included; absent: all. */
   readonly slidingWindow?: number;
+  /**
+   * Norms within layers have neither weights nor epsilon, and stand before the products with `o` and `down` too. Absent: the usual
+   * norms, before attention and before the feed-forward layer.
+   */
+  readonly bareNorms?: true;
   /** Queries and keys are normalised per head before RoPE. */
   readonly qkNorm: boolean;
   /** q, k and v have biases. */

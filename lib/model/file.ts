@@ -2,6 +2,7 @@
 import { createHash } from 'node:crypto';
 import { existsSync, statSync } from 'node:fs';
 import { basename, dirname, extname, join, resolve } from 'node:path';
+import { bitllamaModel, VERSIONED_MAGIC } from './bitllama';
 import { Cursor, unreadable, withFile } from './bytes';
 import { ChatTemplate } from './chat';
 import { type ModelConfig } from './config';
@@ -132,8 +133,9 @@ export function fingerprint(config: ModelConfig, tensors: ReadonlyMap<CanonicalN
         if (home === path) samples.set(name, source.read(offset, Math.min(SAMPLE, bytes)));
     });
   for (const name of [...tensors.keys()].sort()) {
-    const { type, shape } = tensors.get(name)!;
-    hash.update(JSON.stringify([name, type, shape])).update(samples.get(name)!);
+    const { type, shape, scale } = tensors.get(name)!;
+    hash.update(JSON.stringify([name, type, shape, ...(scale === undefined ? [] : [scale])]));
+    hash.update(samples.get(name)!);
   }
   return hash.digest('hex');
 }
@@ -165,7 +167,7 @@ function openFile(path: string): Parts {
         path,
         'a model is a .gguf, a folder with config.json and safetensors, or a llama2.c .bin',
       );
-    const model = llama2cModel(source);
+    const model = magic === VERSIONED_MAGIC ? bitllamaModel(source) : llama2cModel(source);
     return {
       format: 'llama2.c',
       name: basename(path),

@@ -10,13 +10,11 @@ import {
   checkTensors,
   corrupt,
   expectedShapes,
-  unsupported,
   type CanonicalName,
   type LayerTensor,
   type TensorInfo,
 } from './tensors';
 
-const VERSIONED_MAGIC = 0x616b3432;
 const HEADER = 7 * 4;
 const order: readonly (LayerTensor | 'embed')[] = [
   'embed', 'attnNorm', 'q', 'k', 'v', 'o', 'ffnNorm', 'gate', 'down', 'up',
@@ -33,8 +31,6 @@ export function llama2cModel(source: Source): {
     { length: 7 },
     () => cursor.i32(),
   ) as [number, number, number, number, number, number, number];
-  if (hidden === VERSIONED_MAGIC)
-    throw unsupported(path, 'it is a versioned llama2.c checkpoint (version 1, int8 or ternary)');
   const headDim = hidden / queryHeads;
   const config = checkConfig(path, {
     architecture: 'llama',

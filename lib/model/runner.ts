@@ -73,11 +73,7 @@ export type ModelWeights = Pick<ModelFile, 'config' | 'tensors'> &
 
 export type ModelCacheOptions = Pick<KvCacheOptions, 'scheme' | 'windows' | 'memory'>;
 
-/**
- * Seconds of a forward pass: all of it, products with weights, appending keys and values, attention. The rest is norms,
- * rotations and the like; queueing is not counted.
- */
-export type PassTimes = Readonly<NativePassTimes>;
+export type PassTimes = NativePassTimes;
 
 /** A model of the Llama family with its weights mapped into memory. Disposed with its backend. */
 export class Model extends Owned<NativeModel> {
@@ -131,18 +127,19 @@ export class Model extends Owned<NativeModel> {
         ...config,
         theta: ropeFrequencies(config.rope, config.headDim),
         halfLayout: config.rope.layout === 'half',
+        bareNorms: config.bareNorms ?? false,
       },
-      [...opened.tensors].map(([name, tensor]) => ({ ...tensor, name })),
+      [...opened.tensors].map(([name, tensor]) => ({ scale: 1, ...tensor, name })),
     );
     return new Model(backend, opened, activations, native);
   }
 
-  /** A cache of this model's shape, with its RoPE and sliding window. Heads are padded to a size that caches have. */
   /** Where the last forward pass that succeeded spent its time. */
   get lastPass(): PassTimes {
     return this.times;
   }
 
+  /** A cache of this model's shape, with its RoPE and sliding window. Heads are padded to a size that caches have. */
   async createCache(options: ModelCacheOptions): Promise<KvCache> {
     return Promise.resolve(this.createCacheSync(options));
   }

@@ -15,6 +15,7 @@ export const tensorTypes = {
   Q5_1: { block: 32, bytes: 24 },
   Q4_K: { block: 256, bytes: 144 },
   Q6_K: { block: 256, bytes: 210 },
+  TERNARY: { block: 32, bytes: 8 },
 } as const;
 export type TensorType = keyof typeof tensorTypes;
 
@@ -29,6 +30,8 @@ export interface TensorInfo {
   /** First byte in the file. */
   readonly offset: number;
   readonly bytes: number;
+  /** Factor of all numbers; absent: 1. */
+  readonly scale?: number;
 }
 
 export type LayerTensor =
@@ -84,14 +87,14 @@ export function expectedShapes(config: ModelConfig): Map<CanonicalName, readonly
   ]);
   if (!config.tiedHead) shapes.set('head', [vocabulary, hidden]);
   const layer: Partial<Record<LayerTensor, readonly number[]>> = {
-    attnNorm: [hidden],
+    ...(!config.bareNorms && { attnNorm: [hidden] }),
     q: [query, hidden],
     k: [kv, hidden],
     v: [kv, hidden],
     o: [hidden, query],
     ...(config.attentionBias && { qBias: [query], kBias: [kv], vBias: [kv] }),
     ...(config.qkNorm && { qNorm: [headDim], kNorm: [headDim] }),
-    ffnNorm: [hidden],
+    ...(!config.bareNorms && { ffnNorm: [hidden] }),
     gate: [intermediate, hidden],
     up: [intermediate, hidden],
     down: [hidden, intermediate],

@@ -41,6 +41,7 @@ ModelConfig read_model(const Napi::Value& value) {
   config.rms_epsilon = static_cast<float>(fields.number("rmsEpsilon"));
   config.theta = fields.doubles("theta");
   config.half_layout = fields.flag("halfLayout");
+  config.bare_norms = fields.flag("bareNorms");
   return config;
 }
 
@@ -58,6 +59,7 @@ std::vector<TensorPlace> read_places(const Napi::Value& value) {
     }
     place.offset = to_size(fields.number("offset"), "offset");
     place.bytes = to_size(fields.number("bytes"), "bytes");
+    place.scale = static_cast<float>(fields.number("scale"));
     places.push_back(std::move(place));
   }
   return places;
@@ -83,17 +85,17 @@ struct ForwardCall {
   std::shared_ptr<AbortFlag> aborted;
   std::vector<Item> items;
   ForwardOptions options;
+  PassTimes times;
 
   void run() {
-  PassTimes times;
     std::vector<ForwardItem> batch;
     for (Item& item : items)
       batch.push_back({item.sequence->core.get(), item.tokens, item.logits.data(), item.logit_rows,
                        item.targets, item.nll.data()});
     runner->core->forward(batch, options, moments ? &moments->core : nullptr, aborted.get());
+    times = runner->core->times();
     for (Item& item : items) item.sequence->publish();
   }
-    times = runner->core->times();
 
   Napi::Value deliver(Napi::Env env) const {
     for (const Item& item : items)

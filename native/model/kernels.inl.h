@@ -3,6 +3,7 @@
 // dot_unsigned, dot_signed. Nothing here is visible outside the file.
 
 using Bytes = std::uint8_t __attribute__((vector_size(32)));
+using Bytes8 = std::uint8_t __attribute__((vector_size(8)));
 using Bytes16 = std::uint8_t __attribute__((vector_size(16)));
 using Floats8 = float __attribute__((vector_size(32)));
 
@@ -49,6 +50,23 @@ struct Block {  // types of 32 numbers
     const float m = half_at(block + 2);
     if constexpr (kType == TensorType::kQ4_1) return {nibbles(block + 4), {d, d}, {m, m}};
     return {nibbles(block + 8) | fifth_bits(block + 4), {d, d}, {m, m}};
+  }
+};
+
+template <>
+struct Block<TensorType::kTernary> {
+  static constexpr int kParts = 1;
+  static constexpr bool kSigned = false, kHalves = false;
+
+  INNERKV_HD static Codes part(const std::uint8_t* block, int) {
+    const Bytes8 four = load_as<Bytes8>(block), a = four >> 6, b = four >> 4 & 3, c = four >> 2 & 3,
+                 d = four & 3;
+    const Bytes16 ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15),
+                  cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    const Bytes codes =
+        __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23, 8, 9, 24, 25,
+                                10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31);
+    return {codes ^ 2, {1, 1}, {-2, -2}};  // the sign bit turned over: value + 2
   }
 };
 
@@ -113,6 +131,8 @@ void with_type(TensorType type, Body&& body) {
       return body(std::integral_constant<TensorType, TensorType::kQ4_K>{});
     case TensorType::kQ6_K:
       return body(std::integral_constant<TensorType, TensorType::kQ6_K>{});
+    case TensorType::kTernary:
+      return body(std::integral_constant<TensorType, TensorType::kTernary>{});
     case TensorType::kF32:
     case TensorType::kF16:
     case TensorType::kBf16:

@@ -44,15 +44,18 @@ void Multiplier::run(const Activations& x, int first, int tokens, std::span<cons
     if (integers(weight)) {
       kernels_.integer_dot({weight.type, weight.row(row), weight.row_bytes(), rows, columns, tokens, codes,
                             out, product->out_stride});
-      return;
+    } else {
+      std::vector<float>& panel = panels_[at(thread)];
+      for (int r = 0; r < rows; ++r) {
+        float* to = panel.data() + r * x.stride();
+        kernels_.dequantise(weight.type, weight.row(row + r), columns, to);
+        std::fill(to + columns, to + x.stride(), 0.0f);
+      }
+      kernels_.float_dot({panel.data(), x.row(first), x.stride(), rows, tokens, out, product->out_stride});
     }
-    std::vector<float>& panel = panels_[at(thread)];
-    for (int r = 0; r < rows; ++r) {
-      float* to = panel.data() + r * x.stride();
-      kernels_.dequantise(weight.type, weight.row(row + r), columns, to);
-      std::fill(to + columns, to + x.stride(), 0.0f);
-    }
-    kernels_.float_dot({panel.data(), x.row(first), x.stride(), rows, tokens, out, product->out_stride});
+    if (weight.scale != 1)
+      for (int t = 0; t < tokens; ++t)
+        for (int r = 0; r < rows; ++r) out[t * product->out_stride + r] *= weight.scale;
   });
 }
 

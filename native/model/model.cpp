@@ -76,6 +76,7 @@ class Tensors {
     if (!row) return {};
     std::vector<float> values(static_cast<std::size_t>(size));
     scalar_model_kernels()->dequantise(row.type, row.data, size, values.data());
+    for (float& value : values) value *= row.scale;
     for (const float value : values)
       check(std::isfinite(value), "Tensor '" + name + "' holds a number that is not finite.");
     return values;
@@ -112,7 +113,8 @@ class Tensors {
     check(place.bytes == bytes, "Tensor '" + name + "' holds " + std::to_string(place.bytes) + " bytes; " +
                                     info.name + " " + text_of(shape) + " needs " + std::to_string(bytes) +
                                     ".");
-    return {place.type, static_cast<int>(rows), static_cast<int>(columns), at->second.data};
+    check(std::isfinite(place.scale), "Tensor '" + name + "' has a scale that is not finite.");
+    return {place.type, static_cast<int>(rows), static_cast<int>(columns), at->second.data, place.scale};
   }
 
   std::map<std::string, Found> found_;
@@ -146,7 +148,7 @@ Model::Model(ModelConfig config, const std::vector<TensorPlace>& places) : confi
       return count(tensors.matrix(name(part), rows, columns));
     };
     ModelLayer layer;
-    layer.attn_norm = tensors.vector(name("attnNorm"), hidden, true);
+    layer.attn_norm = tensors.vector(name("attnNorm"), hidden, !config_.bare_norms);
     layer.q = matrix("q", heads, hidden);
     layer.k = matrix("k", kv_heads, hidden);
     layer.v = matrix("v", kv_heads, hidden);
@@ -156,7 +158,7 @@ Model::Model(ModelConfig config, const std::vector<TensorPlace>& places) : confi
     layer.v_bias = tensors.vector(name("vBias"), kv_heads, false);
     layer.q_norm = tensors.vector(name("qNorm"), config_.head_dim, false);
     layer.k_norm = tensors.vector(name("kNorm"), config_.head_dim, false);
-    layer.ffn_norm = tensors.vector(name("ffnNorm"), hidden, true);
+    layer.ffn_norm = tensors.vector(name("ffnNorm"), hidden, !config_.bare_norms);
     layer.gate = matrix("gate", config_.intermediate, hidden);
     layer.up = matrix("up", config_.intermediate, hidden);
     layer.down = matrix("down", hidden, config_.intermediate);

@@ -16,6 +16,7 @@ struct ModelConfig {
   float rms_epsilon = 0;
   std::vector<double> theta;  // [rotary_dims / 2] radians per position
   bool half_layout = true;    // pairs (i, i + rotary_dims/2); otherwise (2i, 2i + 1)
+  bool bare_norms = false;    // norms in layers have no weights, no epsilon, and stand before o and down too
 
   /// Channels of a head in the cache: the next size that caches have; the rest stays zero.
   int cache_head_dim() const;
@@ -26,6 +27,7 @@ struct Weight {
   TensorType type = TensorType::kF32;
   int rows = 0, columns = 0;
   const std::uint8_t* data = nullptr;  // nullptr: the model has no such tensor
+  float scale = 1;                     // of all numbers
 
   explicit operator bool() const { return data != nullptr; }
   std::size_t row_bytes() const {
@@ -37,7 +39,7 @@ struct Weight {
 
 struct ModelLayer {
   Weight q, k, v, o, gate, up, down;
-  std::vector<float> attn_norm, ffn_norm;     // [hidden]
+  std::vector<float> attn_norm, ffn_norm;     // [hidden], or empty: bare norms
   std::vector<float> q_bias, k_bias, v_bias;  // [heads * head_dim] or empty
   std::vector<float> q_norm, k_norm;          // [head_dim] or empty
 };
@@ -48,6 +50,7 @@ struct TensorPlace {
   TensorType type = TensorType::kF32;
   std::vector<std::int64_t> shape;  // row-major, [out, in]
   std::int64_t offset = 0, bytes = 0;
+  float scale = 1;
 };
 
 class Model {

@@ -24,18 +24,18 @@ void rms_norm(const float* x, const float* weight, int count, float epsilon, flo
   for (int i = 0; i < count; ++i) out[i] = x[i] * scale * weight[i];
 }
 
+/// x / rms(x), and zeros stay
+void bare_norm(const float* x, int count, float* out) {
+  double sum = 0;
+  for (int i = 0; i < count; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const float scale = sum > 0 ? static_cast<float>(1 / std::sqrt(sum / count)) : 0.0f;
+  for (int i = 0; i < count; ++i) out[i] = x[i] * scale;
+}
+
 void add_bias(float* x, const std::vector<float>& bias) {
   for (std::size_t i = 0; i < bias.size(); ++i) x[i] += bias[i];
 }
 
-[[noreturn]] void fail(ErrorCode code, const std::string& message) { throw Error(code, message); }
-
-}  // namespace
-
-Runner::Runner(std::shared_ptr<const Model> model, std::shared_ptr<CpuBackend> backend)
-    : model_(std::move(model)),
-      backend_(std::move(backend)),
-      kernels_(model_kernels(backend_->isa())),
 /// Adds the time that it lives to a sum of seconds.
 class Stopwatch {
  public:
@@ -50,6 +50,14 @@ class Stopwatch {
   const Clock::time_point started_ = Clock::now();
 };
 
+[[noreturn]] void fail(ErrorCode code, const std::string& message) { throw Error(code, message); }
+
+}  // namespace
+
+Runner::Runner(std::shared_ptr<const Model> model, std::shared_ptr<CpuBackend> backend)
+    : model_(std::move(model)),
+      backend_(std::move(backend)),
+      kernels_(model_kernels(backend_->isa())),
       multiplier_(kernels_, backend_->pool()) {}
 
 void Runner::check(std::span<const ForwardItem> items) const {
@@ -93,6 +101,8 @@ void Runner::forward(std::span<const ForwardItem> items, const ForwardOptions& o
   require(options.chunk >= 1 && options.chunk <= 65536, "chunk must lie between 1 and 65536.");
   require(options.step >= 1, "step must be positive.");
   check(items);
+  times_ = {};
+  const Stopwatch all(times_.all);
   std::vector<Checkpoint> points;
   std::vector<int> done(items.size());
   for (const ForwardItem& item : items)
@@ -101,8 +111,6 @@ void Runner::forward(std::span<const ForwardItem> items, const ForwardOptions& o
     for (;;) {
       // Every sequence gets an equal share of the chunk, those with few tokens left give theirs to the
       // others.
-  times_ = {};
-  const Stopwatch all(times_.all);
       std::vector<Part> parts;
       int rows = 0, left = 0;
       for (std::size_t i = 0; i < items.size(); ++i)
@@ -131,17 +139,20 @@ void Runner::each_row(int rows, auto&& body) {
   });
 }
 
-void Runner::normalise(const std::vector<float>& weight, int rows) {
-  const int hidden = model_->config().hidden;
-  each_row(rows, [&](int row) {
-    rms_norm(residual_.data() + at(row) * at(hidden), weight.data(), hidden, model_->config().rms_epsilon,
-             input_.row(row));
-  });
-}
-
 void Runner::multiply(const Activations& x, int rows, std::span<const Product> products, bool bytes) {
   const Stopwatch time(times_.products);
   multiplier_.run(x, 0, rows, products, bytes);
+}
+
+void Runner::normalise(const std::vector<float>& weight, int rows) {
+  const int hidden = model_->config().hidden;
+  each_row(rows, [&](int row) {
+    const float* x = residual_.data() + at(row) * at(hidden);
+    if (model_->config().bare_norms)
+      bare_norm(x, hidden, input_.row(row));
+    else
+      rms_norm(x, weight.data(), hidden, model_->config().rms_epsilon, input_.row(row));
+  });
 }
 
 void Runner::add_residual(int rows) {
@@ -174,8 +185,11 @@ void Runner::round(std::span<const Part> parts, int rows, const ForwardOptions& 
   for (const Part& part : parts)
     for (int i = 0; i < part.count; ++i) {
       const std::size_t row = at(part.row + i);
+      float* embedded = residual_.data() + row * at(config.hidden);
       kernels_.dequantise(model_->embed().type, model_->embed().row(part.item->tokens[at(part.first + i)]),
-                          config.hidden, residual_.data() + row * at(config.hidden));
+                          config.hidden, embedded);
+      if (model_->embed().scale != 1)
+        for (int c = 0; c < config.hidden; ++c) embedded[c] *= model_->embed().scale;
       for (int pair = 0; pair < pairs; ++pair) {
         const double angle = (part.position + i) * config.theta[at(pair)];
         cos_[row * at(pairs) + at(pair)] = static_cast<float>(std::cos(angle));
@@ -265,10 +279,12 @@ void Runner::attention(int layer_index, std::span<const Part> parts, int rows, c
       const int count = std::min(options.step, part.count - first);
       if (count <= 0) continue;
       const std::size_t row = at(part.row + first);
+      const Stopwatch time(times_.append);
       part.item->sequence->append(layer_index, k_.data() + row * k_row, v_.data() + row * k_row, count);
       batch.push_back(
           {part.item->sequence, q_.data() + row * q_row, out_.data() + row * q_row, nullptr, nullptr, count});
     }
+    const Stopwatch time(times_.attend);
     if (!attend_batch(parts[0].item->sequence->cache(), layer_index, batch, true, aborted))
       fail(ErrorCode::kAborted, "The call was aborted.");
   }
@@ -276,21 +292,23 @@ void Runner::attention(int layer_index, std::span<const Part> parts, int rows, c
     for (int head = 0; head < queries; ++head)
       std::copy_n(out_.data() + at(row) * q_row + at(head) * at(cache_dim), D,
                   heads_out_.row(row) + std::ptrdiff_t{head} * D);
+    if (config.bare_norms) bare_norm(heads_out_.row(row), queries * D, heads_out_.row(row));
   });
   const Product output{&layer.o, delta_.data(), config.hidden};
   multiply(heads_out_, rows, {&output, 1}, options.byte_activations);
-      const Stopwatch time(times_.append);
   add_residual(rows);
 }
 
 void Runner::feed_forward(const ModelLayer& layer, int rows, bool bytes) {
-    const Stopwatch time(times_.attend);
   const int width = padded(model_->config().intermediate);
   normalise(layer.ffn_norm, rows);
   const Product products[] = {{&layer.gate, hidden_.row(0), width}, {&layer.up, up_.data(), width}};
-  multiplier_.run(input_, 0, rows, products, bytes);
-  each_row(rows,
-           [&](int row) { kernels_.swiglu(hidden_.row(row), up_.data() + at(row) * at(width), width); });
+  multiply(input_, rows, products, bytes);
+  each_row(rows, [&](int row) {
+    kernels_.swiglu(hidden_.row(row), up_.data() + at(row) * at(width), width);
+    if (model_->config().bare_norms)
+      bare_norm(hidden_.row(row), model_->config().intermediate, hidden_.row(row));
+  });
   const Product down{&layer.down, delta_.data(), model_->config().hidden};
   multiply(hidden_, rows, {&down, 1}, bytes);
   add_residual(rows);

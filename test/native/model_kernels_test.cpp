@@ -40,6 +40,7 @@ Blocks blocks_of(TensorType type, int count, check::Random& random) {
     if (type == TensorType::kF32) {
       const float value = random.normal();
       std::memcpy(made.bytes.data() + 1 + 4 * b, &value, 4);
+    } else if (type == TensorType::kTernary) {  // has no scale of its own
     } else if (type == TensorType::kQ6_K) {
       put_half(b, 208);
     } else {
@@ -90,10 +91,12 @@ TEST("dequantised weights and rounded activations are the same bits everywhere")
 TEST("integer dot products are exact but for the roundings of their scales") {
   check::Random random(2);
   for (const ModelKernels* table : tables())
-    for (const TensorType type : {TensorType::kQ8_0, TensorType::kQ4_0, TensorType::kQ4_1, TensorType::kQ5_0,
-                                  TensorType::kQ5_1, TensorType::kQ4_K, TensorType::kQ6_K})
+    for (const TensorType type :
+         {TensorType::kQ8_0, TensorType::kQ4_0, TensorType::kQ4_1, TensorType::kQ5_0, TensorType::kQ5_1,
+          TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kTernary})
       for (const int vectors : {1, 3, 4, 9}) {
         const int columns = 512, rows = 5;
+        const double offset = type == TensorType::kTernary ? 5 : 1.5;  // largest code and offset
         const Blocks weights = blocks_of(type, rows * columns, random);
         const std::vector<float> x = normals(vectors * columns, random);
         std::vector<std::int8_t> codes(at(vectors * columns));
@@ -116,7 +119,7 @@ TEST("integer dot products are exact but for the roundings of their scales") {
               const double value =
                   codes[at(v * columns + k)] * static_cast<double>(steps[at((v * columns + k) / 32)]);
               exact += static_cast<double>(w[at(r * columns + k)]) * value;
-              size += (std::abs(static_cast<double>(w[at(r * columns + k)])) + 1.5) * std::abs(value);
+              size += (std::abs(static_cast<double>(w[at(r * columns + k)])) + offset) * std::abs(value);
             }
             CHECK_WITH(std::abs(static_cast<double>(out[at(v * stride + r)]) - exact) <= 32 * kUnit * size,
                        std::string(table->isa) + " " + info_of(type).name);

@@ -10,6 +10,7 @@
  * | Q8_0 |  32 |  34 | d, 32 int8                                                          | d q                      |
  * | Q4_K | 256 | 144 | d, m, 12 bytes: 8 scales and 8 minima of 6 bits, 128 bytes          | d scale q - m minimum    |
  * | Q6_K | 256 | 210 | 128 bytes of low nibbles, 64 of upper pairs, 16 int8 scales, d      | d scale (q - 32)         |
+ * TERNARY: 32 numbers in 8 bytes, 2-bit two's complement, the first of four in the highest bits. Its scale is the tensor's.
  */
 import { fromHalfBits } from './half';
 
@@ -25,6 +26,7 @@ export const blocks = {
   Q8_0: { values: 32, bytes: 34 },
   Q4_K: { values: 256, bytes: 144 },
   Q6_K: { values: 256, bytes: 210 },
+  TERNARY: { values: 32, bytes: 8 },
 } as const;
 export type StoredType = keyof typeof blocks;
 
@@ -94,6 +96,11 @@ const decoders: Record<StoredType, Block> = {
   },
   Q8_0: (bytes, out) => {
     for (let i = 0; i < 32; i++) out[i] = half(bytes, 0) * bytes.getInt8(2 + i);
+  },
+  TERNARY: (bytes, out) => {
+    const signed = [0, 1, -2, -1];
+    for (let i = 0; i < 32; i++)
+      out[i] = signed[Math.floor(bytes.getUint8(Math.floor(i / 4)) / 4 ** (3 - (i % 4))) % 4]!;
   },
   // Runs of 64 values share 32 bytes: the first 32 are their low nibbles, the others the high ones.
   Q4_K: (bytes, out) => {

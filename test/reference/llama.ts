@@ -48,6 +48,8 @@ export interface LlamaShape {
   readonly theta: Float64Array;
   readonly layout: 'adjacent' | 'half';
   readonly slidingWindow?: number;
+  /** Norms of layers without weights and epsilon, before the products with o and down too, as in BitNet (arXiv 2310.11453). */
+  readonly bareNorms?: true;
 }
 
 function tracked(size: number): Tracked {
@@ -105,7 +107,13 @@ export class ReferenceLlama {
   }
 
   private norm(x: Tracked, name: string): Tracked {
+    if (this.shape.bareNorms && name !== 'norm') return this.bare(x);
     return rmsNorm(x, this.need(name).values, this.shape.epsilon);
+  }
+
+  /** What stands before o and down. */
+  private bare(x: Tracked): Tracked {
+    return this.shape.bareNorms ? rmsNorm(x, new Float64Array(x.v.length).fill(1), 0) : x;
   }
 
   private linear(name: string, x: Tracked, rows: number): Tracked {
@@ -151,7 +159,7 @@ export class ReferenceLlama {
       const kv = Math.floor((h * kvHeads) / queryHeads);
       return attend(this.rotate(slice(q, h, headDim), position), seen(this.keys, kv), seen(this.values, kv));
     });
-    return this.linear(name('o'), out, hidden);
+    return this.linear(name('o'), this.bare(out), hidden);
   }
 
   private feedForward(layer: number, x: Tracked): Tracked {
@@ -166,7 +174,7 @@ export class ReferenceLlama {
       product.v[i] = silu * up.v[i]!;
       product.e[i] = hypot(silu * up.e[i]!, up.v[i]! * slope * gate.e[i]!, 4 * u * product.v[i]!);
     }
-    return this.linear(`layers.${layer}.down`, product, hidden);
+    return this.linear(`layers.${layer}.down`, this.bare(product), hidden);
   }
 
   private rotate(x: Tracked, position: number): Tracked {

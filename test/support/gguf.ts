@@ -8,7 +8,8 @@ export const valueTypes = {
 } as const; // prettier-ignore
 export type ValueType = keyof typeof valueTypes;
 
-export const typeNumbers: Readonly<Record<StoredType, number>> = {
+export type GgufType = Exclude<StoredType, 'TERNARY'>;
+export const typeNumbers: Readonly<Record<GgufType, number>> = {
   F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q5_0: 6, Q5_1: 7, Q8_0: 8, Q4_K: 12, Q6_K: 14, BF16: 30,
 }; // prettier-ignore
 
@@ -113,7 +114,7 @@ export function writeGguf(parts: GgufParts): Uint8Array {
 export function tensor(
   name: string,
   shape: readonly number[],
-  type: StoredType,
+  type: GgufType,
   random?: Random,
 ): WrittenTensor {
   const { values, bytes } = blocks[type];
@@ -175,7 +176,7 @@ export const tinyMetadata: readonly Entry[] = [
 ];
 
 export function tinyTensors(random?: Random): WrittenTensor[] {
-  const make = (name: string, shape: number[], type: StoredType) => tensor(name, shape, type, random);
+  const make = (name: string, shape: number[], type: GgufType) => tensor(name, shape, type, random);
   const layer = (i: number) => [
     make(`blk.${i}.attn_norm.weight`, [32], 'F32'),
     make(`blk.${i}.attn_q.weight`, [32, 32], 'Q4_1'),

@@ -73,7 +73,8 @@ function randomWeights(random: Random, type: TensorType, count: number, spread: 
       const scratch = new DataView(new ArrayBuffer(4));
       scratch.setFloat32(0, center + spread * random.gaussian());
       view.setUint16(0, scratch.getUint16(0), true);
-    } else if (type === 'Q8_0') affine(256);
+    } else if (type === 'TERNARY') reach(5 * spread);
+    else if (type === 'Q8_0') affine(256);
     else if (type === 'Q4_0') affine(16);
     else if (type === 'Q4_1') affine(16, 7.5);
     else if (type === 'Q5_0') affine(32);
@@ -114,7 +115,10 @@ export function randomModel(config: ModelConfig, type: TensorType = 'F32', seed 
     );
     // Files align tensors loosely, so every other one lies crookedly.
     const gap = tensors.size % 2 ? 2 : 32;
-    tensors.set(name, { name, type: stored, shape, path, offset: offset + gap, bytes: bytes.length });
+    tensors.set(name, {
+      ...{ name, type: stored, shape, path, offset: offset + gap, bytes: bytes.length },
+      ...(stored === 'TERNARY' && { scale: spread }),
+    });
     magnitudes.set(name, magnitude);
     pieces.push(new Uint8Array(gap), bytes);
     offset += gap + bytes.length;
@@ -136,7 +140,9 @@ export function randomModel(config: ModelConfig, type: TensorType = 'F32', seed 
       const info = tensors.get(name as CanonicalName);
       if (!info) return undefined;
       const known = decoded.get(name) ?? {
-        values: dequantise(info.type, file.subarray(info.offset, info.offset + info.bytes)),
+        values: dequantise(info.type, file.subarray(info.offset, info.offset + info.bytes)).map(
+          (value) => value * Math.fround(info.scale ?? 1),
+        ),
         magnitude: magnitudes.get(name)!,
       };
       decoded.set(name, known);

@@ -17,7 +17,12 @@ test('blocks have the published sizes', () => {
     expect(() => dequantise(type as StoredType, new Uint8Array(bytes + 1))).toThrow(RangeError);
   }
   const bitsPerValue = Object.values(blocks).map((block) => (8 * block.bytes) / block.values);
-  expect(bitsPerValue).toEqual([32, 16, 16, 4.5, 5, 5.5, 6, 8.5, 4.5, 6.5625]);
+  expect(bitsPerValue).toEqual([32, 16, 16, 4.5, 5, 5.5, 6, 8.5, 4.5, 6.5625, 2]);
+});
+
+test('TERNARY: four to a byte, the first one highest, in two’s complement', () => {
+  const found = values('TERNARY', 0b01_11_00_10, 0, 0, 0, 0, 0, 0, 0b00_00_00_11);
+  expect(found).toEqual([1, -1, 0, -2, ...new Array<number>(27).fill(0), -1]);
 });
 
 test('plain numbers', () => {

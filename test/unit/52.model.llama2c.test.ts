@@ -58,11 +58,6 @@ test.each<[string, Uint8Array, Error]>([
   ['zeros', new Uint8Array(28), corrupt('must be an integer')],
   ['all ones', new Uint8Array(28).fill(255), corrupt('must be an integer')],
   ['the largest numbers', new Uint8Array(28).map((_, i) => (i % 4 === 3 ? 127 : 255)), corrupt('must be an integer')],
-  [
-    'a versioned checkpoint',
-    writeLlama2c(header).with(0, 0x32).with(1, 0x34).with(2, 0x6b).with(3, 0x61),
-    failure('ERR_INNERKV_UNSUPPORTED', 'versioned'),
-  ],
 ])('refused: %s', (_, bytes, error) => expect(() => open(bytes)).toThrow(error)); // prettier-ignore
 
 test('any header: a KvError or a model', () => {

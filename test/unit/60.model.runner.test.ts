@@ -93,9 +93,10 @@ const shapes: [string, Partial<ModelConfig>, TensorType][] = [
     { hidden: 256, intermediate: 256 },
     type,
   ]),
+  ['BitNet: ternary weights, norms before every product', { bareNorms: true }, 'TERNARY'],
 ];
 
-const quantised = (type: TensorType) => type.startsWith('Q');
+const quantised = (type: TensorType) => type.startsWith('Q') || type === 'TERNARY';
 
 describe.each(shapes)('%s', (_, changes, type) => {
   const model = randomModel(modelConfig(changes), type);
