@@ -157,9 +157,15 @@ describeWithData(
 );
 
 describeWithData('bitllama', ['models/bitllama/bitllama-1M.bin'], () => {
-  test('is refused by name', () => {
-    expect(() => openModel(dataPath('models/bitllama/bitllama-1M.bin'))).toThrow(
-      failure('ERR_INNERKV_UNSUPPORTED', 'versioned'),
-    );
+  const path = dataPath('models/bitllama/bitllama-1M.bin');
+
+  test('is what it is known to be', () => {
+    const { config, tensors } = openModel(path);
+    expect(config).toMatchObject({ layers: 8, hidden: 128, intermediate: 256, queryHeads: 8, kvHeads: 4, headDim: 16 });
+    expect(config).toMatchObject({ vocabulary: 512, contextLength: 512, bareNorms: true, tiedHead: true });
+    expect(tensors.get('layers.0.q')!.scale).toBe(Math.fround(0.7660588622093201) / 128);
   });
-});
+
+  test('has no tokenizer beside it', () =>
+    expect(() => openModel(path).tokenizer).toThrow(failure('ERR_INNERKV_UNSUPPORTED', 'tokenizer')));
+}); // prettier-ignore
