@@ -2,6 +2,7 @@
 
 #include <new>
 
+#include "../core/tensor.h"
 #include "instance.h"
 
 namespace innerkv {
@@ -13,6 +14,14 @@ Failure describe(std::exception_ptr exception) {
     std::rethrow_exception(exception);
   } catch (const Refusal& refusal) {
     return refusal.failure();
+  } catch (const NotFinite& error) {
+    return {error_code_name(error.code()),
+            error.what(),
+            {{"tensor", error.tensor()},
+             {"token", static_cast<double>(error.token())},
+             {"head", static_cast<double>(error.head())},
+             {"channel", static_cast<double>(error.channel())},
+             {"value", static_cast<double>(error.value())}}};
   } catch (const Error& error) {
     return {error_code_name(error.code()), error.what()};
   } catch (const std::bad_alloc&) {

@@ -8,11 +8,10 @@
 #include <memory>
 #include <string>
 
+#include "../core/tensor.h"
 #include "../cpu/kernels.h"
 
 namespace innerkv {
-
-enum class Dtype { kF32, kF16, kBf16 };
 
 /// A typed array of the caller, valid during one callback.
 struct Tensor {
@@ -24,13 +23,6 @@ struct Tensor {
 /// `dtype` tells what a Uint16Array holds: 'bf16', or binary16 for anything else.
 Tensor read_tensor(const Napi::Value& array, const Napi::Value& dtype);
 
-/// How a tensor is called and laid out, for the text of errors: [tokens, heads, channels], or heads first.
-struct TensorName {
-  std::string name;
-  int heads, channels;
-  int heads_first_tokens = 0;  // tokens of [heads, tokens, channels]; 0 for tokens first
-};
-
 /// Numbers of one type, the caller's own or a copy.
 template <class T>
 struct Numbers {
@@ -38,12 +30,12 @@ struct Numbers {
   const T* data = nullptr;
 };
 
-/// Binary16 bits of a tensor, all finite, or Refusal{NOT_FINITE}. With `borrow`, binary16 input is not
+/// Binary16 bits of a tensor, all finite, or NotFinite. With `borrow`, binary16 input is not
 /// copied.
 Numbers<std::uint16_t> to_halves(const Kernels& kernels, const Tensor& tensor, const TensorName& name,
                                  bool borrow);
 
-/// Refusal{NOT_FINITE} for a binary16 or float32 tensor that is not all finite.
+/// NotFinite for a binary16 or float32 tensor that is not all finite.
 void check_finite(const Tensor& tensor, const TensorName& name);
 
 /// The same in float32.

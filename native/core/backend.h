@@ -1,10 +1,13 @@
 // The seam between the core, which decides, and a device, which moves and computes: cpu/ and cuda/ implement
 // it.
 //
-// Arguments are plain structs of pointers. Pages, extents, windows and staged tokens are device memory, which
-// only the backend may read and write; everything else is host memory.
+// Arguments are plain structs of pointers. Pages, extents, windows, staged tokens and tensors that say
+// `on_device` are device memory, which only the backend may read and write; everything else is host memory.
+// Everything is done, or looks as if it were, in the order in which it was asked for; host memory has been
+// read or written when a call returns.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +21,7 @@
 #include "config.h"
 #include "pool.h"
 #include "rotation.h"
+#include "tensor.h"
 
 namespace innerkv {
 
@@ -96,11 +100,26 @@ struct AttendRequest {
   int q_behind = 0;        // tokens after the last query token, which no query sees when causal
   int sliding_window = 0;  // 0 = unlimited
   bool causal = true;
+  bool q_on_device = false, out_on_device = false, lse_on_device = false;
   /// [kv_heads][tokens], or nullptr: to these is added how much attention each token got, its probabilities
   /// summed over the query tokens and the query heads of a KV head. Heads are `mass_stride` numbers apart.
   float* mass = nullptr;
   std::ptrdiff_t mass_stride = 0;
 };
+
+/// A caller's tensor in device memory on its way into a call.
+struct Intake {
+  const void* from;
+  Dtype dtype;
+  std::size_t count;
+  Dtype as;                     // kF16 or kF32: what is wanted
+  const void* ready = nullptr;  // out: device memory of that type, `from` itself when it is
+  bool finite = true;           // out: all are finite, as binary16 too when that is wanted
+};
+
+/// A piece of device memory that other processes can open, as CUDA has it.
+inline constexpr std::size_t kHandleBytes = 64;
+using MemoryHandle = std::array<std::uint8_t, kHandleBytes>;
 
 /// Plain attention over uncompressed K and V: the baseline of the benchmarks, exact prefill, and the 16-bit
 /// truth of the demo.
@@ -128,9 +147,11 @@ class Backend {
   virtual void clear_memory(void* memory, std::size_t bytes) noexcept = 0;
   /// Any mix of host and device memory; what was asked of the backend before is done before.
   virtual void copy_memory(void* to, const void* from, std::size_t bytes) noexcept = 0;
-  /// Device memory with these contents: `numbers` itself when it is that already, else a copy that stays
-  /// until the next call with the same `place` (0 or 1). Throws Error{kOutOfMemory}.
+  /// Device memory with these contents of host memory, until the next call with the same `place` (0 or 1).
+  /// Throws Error{kOutOfMemory}.
   virtual const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) = 0;
+  /// Converts and searches device tensors, all in one go. What is `ready` stays until the next call.
+  virtual void take(std::span<Intake> tensors) = 0;
   /// Rows of `row` numbers; windows of one call do not overlap. Takes no memory.
   virtual void copy_rows(std::span<const RowCopy> copies, int row) noexcept = 0;
 
@@ -141,6 +162,22 @@ class Backend {
   virtual bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
                       const RotationTable& rotations, const std::atomic<bool>* aborted) = 0;
   virtual void attend_dense(const DenseRequest& request) = 0;
+
+  // Callers with device memory of their own.
+
+  /// Why [memory, memory + bytes) cannot be device memory of this backend, as far as the system can tell; ""
+  /// when it can.
+  virtual std::string objection(const void* memory, std::size_t bytes) = 0;
+  /// For memory of allocate_memory(). Throws Error{kUnsupported} where there is no such thing.
+  virtual MemoryHandle export_memory(void* memory);
+  /// Memory that another process exported, until close_memory(). Throws Error.
+  virtual void* import_memory(const MemoryHandle& handle);
+  virtual void close_memory(void*) noexcept {}
+  /// What is asked next happens after what the caller has enqueued on his own stream by now, if he has one.
+  virtual void follow_caller() {}
+  /// What the caller enqueues on his stream from now on happens after everything asked so far; if he has
+  /// none, everything asked so far is done when this returns. Throws Error when some of it failed.
+  virtual void settle() {}
 };
 
 }  // namespace innerkv

@@ -1,5 +1,6 @@
 #include "cache.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "error.h"
@@ -20,6 +21,37 @@ Cache::Cache(std::shared_ptr<Backend> backend, CacheConfig config)
       prints_(fingerprints(config_)),
       rotations_(config_.rope, config_.head_dim),
       pool_(*backend_, config_.budget_bytes) {}
+
+Cache::~Cache() {
+  for (const Idle& idle : idle_) backend_->free_memory(idle.memory, idle.bytes);
+}
+
+Spare Cache::spare(std::size_t bytes) {
+  Spare spare;
+  spare.cache_ = shared_from_this();
+  const auto fits = std::find_if(idle_.begin(), idle_.end(), [&](const Idle& i) { return i.bytes >= bytes; });
+  if (fits != idle_.end()) {
+    spare.memory_ = fits->memory;
+    spare.bytes_ = fits->bytes;
+    *fits = idle_.back();
+    idle_.pop_back();
+    return spare;
+  }
+  if (!idle_.empty()) {  // one that is too small makes room
+    backend_->free_memory(idle_.back().memory, idle_.back().bytes);
+    idle_.pop_back();
+    --spares_;
+  }
+  idle_.reserve(spares_ + 1);
+  spare.memory_ = static_cast<std::uint8_t*>(backend_->allocate_memory(bytes));
+  spare.bytes_ = bytes;
+  ++spares_;
+  return spare;
+}
+
+Spare::~Spare() {
+  if (memory_) cache_->idle_.push_back({memory_, bytes_});
+}
 
 std::unique_ptr<Sequence> Cache::sequence() { return std::make_unique<Sequence>(shared_from_this()); }
 

@@ -195,7 +195,55 @@ Basis online_basis(Backend& backend, const LayerScheme& scheme, const TokenSourc
 
 }  // namespace
 
-void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v, int tokens) {
+namespace {
+
+void check_alignment(const void* memory, bool on_device, const char* name) {
+  if (on_device && reinterpret_cast<std::uintptr_t>(memory) % kTensorAlign != 0)
+    throw Error(ErrorCode::kInvalidArgument, std::string(name) + " must be aligned to " +
+                                                 std::to_string(kTensorAlign) + " bytes on the device.");
+}
+
+/// What a call has to be given of a device tensor, or nothing when it can be used as it is.
+bool needs_intake(const TensorView& tensor, Dtype as) {
+  return tensor.on_device && !(tensor.finite && tensor.dtype == as);
+}
+
+}  // namespace
+
+/// k and v in device memory as binary16.
+Sequence::Staged Sequence::stage(const TensorView& k, const TensorView& v, int tokens) const {
+  const CacheConfig& config = cache_->config();
+  Backend& backend = cache_->backend();
+  const std::size_t numbers = at(tokens) * at(config.kv_heads) * at(config.head_dim);
+  const TensorView* given[] = {&k, &v};
+  const std::uint16_t* staged[2];
+  const char* names[] = {"k", "v"};
+  std::vector<Intake> intake;
+  for (const int i : {0, 1}) {
+    check_alignment(given[i]->data, given[i]->on_device, names[i]);
+    if (needs_intake(*given[i], Dtype::kF16))
+      intake.push_back({given[i]->data, given[i]->dtype, numbers, Dtype::kF16});
+  }
+  if (!intake.empty()) backend.take(intake);
+  for (std::size_t i = 0, taken = 0; i < 2; ++i) {
+    const TensorView& tensor = *given[i];
+    if (!tensor.on_device) {
+      require(tensor.dtype == Dtype::kF16, "Keys and values on the host must be binary16.");
+      staged[i] = backend.stage(static_cast<int>(i), static_cast<const std::uint16_t*>(tensor.data), numbers);
+      continue;
+    }
+    staged[i] = static_cast<const std::uint16_t*>(tensor.data);
+    if (!needs_intake(tensor, Dtype::kF16)) continue;
+    const Intake& result = intake[taken++];
+    if (!result.finite)
+      refuse_not_finite(backend, tensor, numbers, Dtype::kF16,
+                        {names[i], config.kv_heads, config.head_dim, 0});
+    staged[i] = static_cast<const std::uint16_t*>(result.ready);
+  }
+  return {staged[0], staged[1]};
+}
+
+void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_given, int tokens) {
   LayerState& state = checked(layer);
   const CacheConfig& config = cache_->config();
   const LayerScheme& scheme = config.scheme(layer);
@@ -211,9 +259,7 @@ void Sequence::append(int layer, const std::uint16_t* k, const std::uint16_t* v,
   const PageLayout layout(scheme.k, scheme.v, D);
 
   Backend& backend = cache_->backend();
-  const std::size_t numbers = at(tokens) * at(heads) * at(D);
-  k = backend.stage(0, k, numbers);
-  v = backend.stage(1, v, numbers);
+  const auto [k, v] = stage(k_given, v_given, tokens);
   std::vector<TokenSource> key_source, value_source;
   for (int head = 0; head < heads; ++head) {
     const Windows w = windows(state, scheme, head);
@@ -412,21 +458,37 @@ void for_overwritten(const LayerScheme& scheme, int tokens, int sink, int added,
 
 Checkpoint Sequence::checkpoint(int added) const {
   const CacheConfig& config = cache_->config();
-  Checkpoint point{added, {}};
+  const std::size_t D = at(config.head_dim);
+  Checkpoint point;
+  std::size_t rows = 0;
+  const auto each_row = [&](auto&& visit) {  // (first of some rows of a ring, how many)
+    for (int layer = 0; layer < config.layers; ++layer) {
+      const LayerState& state = layers_[at(layer)];
+      const LayerScheme& scheme = config.scheme(layer);
+      for (int head = 0; head < config.kv_heads && state.tokens > 0; ++head) {
+        const Windows w = windows(state, scheme, head);
+        for (std::uint16_t* ring : {w.ring_k, w.ring_v})
+          for_overwritten(scheme, state.tokens, state.reach.sink, added,
+                          [&](int first, int count) { visit(ring + at(first) * D, count); });
+      }
+    }
+  };
+  each_row([&](std::uint16_t*, int count) { rows += at(count); });
+  if (rows > 0) {  // all layers in one gather, and back in one scatter
+    point.rows = cache_->spare(2 * rows * D);
+    auto* saved = reinterpret_cast<std::uint16_t*>(point.rows.data());
+    std::vector<RowCopy> gather;
+    each_row([&](std::uint16_t* ring, int count) {
+      gather.push_back({saved, ring, config.head_dim, count});
+      point.way_back.push_back({ring, saved, config.head_dim, count});
+      saved += at(count) * D;
+    });
+    cache_->backend().copy_rows(gather, config.head_dim);
+  }
   for (int layer = 0; layer < config.layers; ++layer) {
     const LayerState& state = layers_[at(layer)];
-    const LayerScheme& scheme = config.scheme(layer);
-    const std::size_t D = at(config.head_dim);
-    Checkpoint::Layer saved{state.tokens, state.reach, state.online, {}, {}, {}};
+    Checkpoint::Layer saved{state.tokens, state.reach, state.online, {}, {}};
     for (int head = 0; head < config.kv_heads; ++head) {
-      const Windows w = windows(state, scheme, head);
-      if (state.tokens > 0)
-        for (const std::uint16_t* ring : {w.ring_k, w.ring_v})
-          for_overwritten(scheme, state.tokens, state.reach.sink, added, [&](int first, int rows) {
-            const std::size_t old = saved.rows.size(), count = at(rows) * D;
-            saved.rows.resize(old + count);
-            cache_->backend().copy_memory(saved.rows.data() + old, ring + at(first) * D, 2 * count);
-          });
       const auto& table = state.pages[at(head)];
       saved.pages.push_back(table.size());
       saved.open_pages.emplace_back();
@@ -442,21 +504,12 @@ Checkpoint Sequence::checkpoint(int added) const {
 
 void Sequence::restore(const Checkpoint& point) noexcept {
   const CacheConfig& config = cache_->config();
+  cache_->backend().copy_rows(point.way_back, config.head_dim);
   for (int layer = 0; layer < config.layers; ++layer) {
     LayerState& state = layers_[at(layer)];
-    const LayerScheme& scheme = config.scheme(layer);
     const Checkpoint::Layer& saved = point.layers[at(layer)];
     if (state.tokens == saved.tokens) continue;
-    const std::uint16_t* rows = saved.rows.data();
     for (int head = 0; head < config.kv_heads; ++head) {
-      const Windows w = windows(state, scheme, head);
-      if (saved.tokens > 0)
-        for (std::uint16_t* ring : {w.ring_k, w.ring_v})
-          for_overwritten(scheme, saved.tokens, saved.reach.sink, point.added, [&](int first, int count) {
-            const std::size_t numbers = at(count) * at(config.head_dim);
-            cache_->backend().copy_memory(ring + std::ptrdiff_t{first} * config.head_dim, rows, 2 * numbers);
-            rows += numbers;
-          });
       auto& table = state.pages[at(head)];
       table.resize(saved.pages[at(head)]);
       const auto& counts = saved.open_pages[at(head)];
@@ -490,7 +543,7 @@ int Sequence::stored_token(const LayerState& state, const LayerScheme& scheme, i
   return token;
 }
 
-void Sequence::replace(int layer, int position, const std::uint16_t* k, const std::uint16_t* v) {
+void Sequence::replace(int layer, int position, const TensorView& k_given, const TensorView& v_given) {
   LayerState& state = checked(layer);
   const CacheConfig& config = cache_->config();
   const LayerScheme& scheme = config.scheme(layer);
@@ -498,9 +551,7 @@ void Sequence::replace(int layer, int position, const std::uint16_t* k, const st
             slot = token % kPageTokens;
   std::vector<std::shared_ptr<Page>> own;
   std::vector<QuantiseJob> jobs;
-  const std::size_t numbers = at(config.kv_heads) * at(config.head_dim);
-  k = cache_->backend().stage(0, k, numbers);
-  v = cache_->backend().stage(1, v, numbers);
+  const auto [k, v] = stage(k_given, v_given, 1);
   for (int head = 0; head < config.kv_heads; ++head) {
     const auto& held = state.pages[at(head)][at(page)];
     if (!held || held->is_removed(slot))
@@ -636,6 +687,39 @@ void check_attend(const Sequence& sequence, int layer, int q_tokens, bool causal
                     " tokens. Append the tokens of the queries first, or pass causal: false.");
 }
 
+namespace {
+
+/// The queries of each item as float32, on the device if they were there. Throws NotFinite.
+std::vector<const float*> take_queries(Cache& cache, std::span<const BatchItem> items) {
+  const CacheConfig& config = cache.config();
+  const int heads = config.query_heads, D = config.head_dim;
+  const auto numbers = [&](const BatchItem& item) { return at(item.q_tokens) * at(heads) * at(D); };
+  std::vector<const float*> queries;
+  std::vector<Intake> intake;
+  for (const BatchItem& item : items) {
+    require(item.q.on_device || item.q.dtype == Dtype::kF32, "Queries on the host must be float32.");
+    check_alignment(item.q.data, item.q.on_device, "q");
+    check_alignment(item.out.data, item.out.on_device, "out");
+    queries.push_back(static_cast<const float*>(item.q.data));
+    if (needs_intake(item.q, Dtype::kF32))
+      intake.push_back({item.q.data, item.q.dtype, numbers(item), Dtype::kF32});
+  }
+  if (intake.empty()) return queries;
+  cache.backend().take(intake);
+  std::size_t taken = 0;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    if (!needs_intake(items[i].q, Dtype::kF32)) continue;
+    const Intake& result = intake[taken++];
+    if (!result.finite)
+      refuse_not_finite(cache.backend(), items[i].q, numbers(items[i]), Dtype::kF32,
+                        {items.size() > 1 ? "q of item " + std::to_string(i) : "q", heads, D, 0});
+    queries[i] = static_cast<const float*>(result.ready);
+  }
+  return queries;
+}
+
+}  // namespace
+
 bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal,
                   const std::atomic<bool>* aborted, std::size_t mass_numbers) {
   const CacheConfig& config = cache.config();
@@ -652,6 +736,7 @@ bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, boo
     steps.push_back(cut ? std::max(1, static_cast<int>(most)) : item.q_tokens);
     parts = std::max(parts, (item.q_tokens + steps.back() - 1) / steps.back());
   }
+  const std::vector<const float*> queries = take_queries(cache, items);
   for (const BatchItem& item : items)
     if (item.mass) std::fill_n(item.mass, at(config.kv_heads) * at(item.sequence->tokens(layer)), 0.0f);
   std::vector<HeadView> views;
@@ -668,9 +753,12 @@ bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, boo
       for (int head = 0; head < config.kv_heads; ++head) views.push_back(item.sequence->view(layer, head));
       AttendRequest request;
       request.heads = std::span(views).subspan(first_view, at(config.kv_heads));
-      request.q = item.q + std::ptrdiff_t{first} * heads * D;
-      request.out = item.out + std::ptrdiff_t{first} * heads * D;
-      request.lse = item.lse ? item.lse + std::ptrdiff_t{first} * heads : nullptr;
+      request.q = queries[i] + std::ptrdiff_t{first} * heads * D;
+      request.q_on_device = item.q.on_device;
+      request.out = item.out.data + std::ptrdiff_t{first} * heads * D;
+      request.out_on_device = item.out.on_device;
+      request.lse = item.lse.data ? item.lse.data + std::ptrdiff_t{first} * heads : nullptr;
+      request.lse_on_device = item.lse.on_device;
       request.logits = item.logits;
       request.q_tokens = count;
       request.q_behind = item.q_tokens - first - count;

@@ -25,7 +25,7 @@ struct LayerState {
   std::size_t removed = 0;                                // tokens removed by hand, over all heads
 };
 
-/// What append() may overwrite, so that it can be undone to the bit.
+/// What append() may overwrite, so that it can be undone to the bit. Lives no longer than the sequence.
 struct Checkpoint {
   struct ZeroCounts {
     int k, v;
@@ -34,20 +34,20 @@ struct Checkpoint {
     int tokens = 0;
     Reach reach;
     std::shared_ptr<const std::vector<Basis>> online;
-    std::vector<std::uint16_t> rows;                  // [kv_heads][K, V][saved][D] of the ring
     std::vector<std::size_t> pages;                   // [kv_heads]
     std::vector<std::vector<ZeroCounts>> open_pages;  // [kv_heads][pages that more tokens may go to]
   };
-  int added = 0;
   std::vector<Layer> layers;
+  Spare rows;                     // of the rings of all layers, on the device
+  std::vector<RowCopy> way_back;  // of these rows into the rings
 };
 
 /// One layer of one sequence in attendBatch.
 struct BatchItem {
   const Sequence* sequence;
-  const float* q;
-  float* out;
-  float* lse;
+  TensorView q;  // [q_tokens][query_heads][D]
+  Target out;    // the same shape; must not overlap q
+  Target lse;    // [q_tokens][query_heads], or nullptr
   float* logits;
   int q_tokens;
   float* mass = nullptr;  // [kv_heads][tokens], AttendRequest::mass from zero on
@@ -64,8 +64,9 @@ class Sequence {
   int tokens(int layer) const { return layer_state(layer).tokens; }
   const LayerState& layer_state(int layer) const;
 
-  /// k, v: [tokens][kv_heads][D] binary16 bits, finite.
-  void append(int layer, const std::uint16_t* k, const std::uint16_t* v, int tokens);
+  /// k, v: [tokens][kv_heads][D], both on the host or both on the device. Throws NotFinite for tensors that
+  /// are searched. Device memory is read when the backend gets to it: see Backend::settle().
+  void append(int layer, const TensorView& k, const TensorView& v, int tokens);
   /// Keeps the first `tokens` tokens of every layer that has more.
   void truncate(int tokens);
   std::unique_ptr<Sequence> fork() const;
@@ -74,8 +75,8 @@ class Sequence {
   /// Undoes the appends since checkpoint(); nothing else may have changed the sequence in between. Unlike
   /// truncate() it brings back the 16-bit windows of that time.
   void restore(const Checkpoint& point) noexcept;
-  /// Requantises one stored token in all heads. k, v: [kv_heads][D] binary16 bits.
-  void replace(int layer, int position, const std::uint16_t* k, const std::uint16_t* v);
+  /// Requantises one stored token in all heads. k, v: [kv_heads][D] as in append().
+  void replace(int layer, int position, const TensorView& k, const TensorView& v);
   /// Forgets stored tokens of one head (or of all, head = -1). Pages with nothing left are given back.
   void remove(int layer, int head, std::span<const int> positions);
 
@@ -96,6 +97,10 @@ class Sequence {
   const Basis* basis(const LayerState& state, const LayerScheme& scheme, int head) const;
   std::shared_ptr<Page> own_page(const std::shared_ptr<Page>& page, const LayerScheme& scheme) const;
   std::size_t page_bytes(const LayerScheme& scheme) const;
+  struct Staged {
+    const std::uint16_t *k, *v;  // device memory, binary16
+  };
+  Staged stage(const TensorView& k, const TensorView& v, int tokens) const;
   LayerState& checked(int layer);
   int stored_token(const LayerState& state, const LayerScheme& scheme, int position) const;
   void truncate_layer(LayerState& state, const LayerScheme& scheme, int tokens);

@@ -29,17 +29,20 @@ class CpuBackend final : public Backend {
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override;
   const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override;
+  void take(std::span<Intake> tensors) override;
   void copy_rows(std::span<const RowCopy> copies, int row) noexcept override;
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override;
   bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
               const RotationTable& rotations, const std::atomic<bool>* aborted) override;
   void attend_dense(const DenseRequest& request) override;
+  std::string objection(const void* memory, std::size_t bytes) override;
 
  private:
   const Kernels& kernels_;
   ThreadPool pool_;
   std::vector<std::unique_ptr<AttendScratch>> scratch_;  // [threads]
+  std::vector<std::uint8_t> taken_;
 };
 
 }  // namespace innerkv

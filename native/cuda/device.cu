@@ -1,5 +1,5 @@
 #include <atomic>
-#include <mutex>
+#include <cstring>
 #include <string>
 
 #include "../core/error.h"
@@ -59,6 +59,107 @@ void copy(void* to, const void* from, std::size_t bytes) noexcept {
   if (!owns(to)) note(cudaStreamSynchronize(stream()));
 }
 
+void* allocate_pinned(std::size_t bytes) {
+  void* memory = nullptr;
+  const cudaError_t error = cudaMallocHost(&memory, bytes);
+  if (error == cudaSuccess) return memory;
+  cudaGetLastError();
+  throw Error(
+      error == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kInternal,
+      "The machine refused " + std::to_string(bytes) + " bytes of pinned memory: " + text_of(error) + ".");
+}
+
+void release_pinned(void* memory) noexcept {
+  if (memory) note(cudaFreeHost(memory));
+}
+
+void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
+  if (bytes > 0) note(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()));
+}
+
+Mark::~Mark() {
+  if (event_) note(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+}
+
+void Mark::set() noexcept {
+  if (!event_) {
+    cudaEvent_t made = nullptr;
+    if (const cudaError_t error = cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
+        error != cudaSuccess) {
+      note(error);
+      return synchronize();  // then there is nothing to wait for
+    }
+    event_ = made;
+  }
+  note(cudaEventRecord(static_cast<cudaEvent_t>(event_), stream()));
+}
+
+void Mark::wait() noexcept {
+  if (event_) note(cudaEventSynchronize(static_cast<cudaEvent_t>(event_)));
+}
+
+void synchronize() noexcept { note(cudaStreamSynchronize(stream())); }
+
+namespace {
+
+void order(cudaStream_t first, cudaStream_t second) noexcept {
+  cudaEvent_t event = nullptr;  // a fresh one, because threads may do this at once
+  cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  if (error == cudaSuccess) error = cudaEventRecord(event, first);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(second, event, 0);
+  if (event) cudaEventDestroy(event);  // the wait keeps what it needs
+  note(error);
+}
+
+}  // namespace
+
+void follow(cudaStream_t other) noexcept { order(other, stream()); }
+void lead(cudaStream_t other) noexcept { order(stream(), other); }
+
+std::string objection(const void* memory, std::size_t bytes) {
+  int current = 0;
+  check(cudaGetDevice(&current), "Asking for the GPU");
+  const auto* first = static_cast<const char*>(memory);
+  for (const char* byte : {first, first + (bytes > 0 ? bytes - 1 : 0)}) {
+    cudaPointerAttributes attributes{};
+    const cudaError_t error = cudaPointerGetAttributes(&attributes, byte);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return "CUDA does not know the address (" + text_of(error) + ")";
+    }
+    if (attributes.type == cudaMemoryTypeHost || attributes.type == cudaMemoryTypeUnregistered)
+      return byte == first ? "it is memory of the host" : "it ends in memory that is not the GPU's";
+    if (attributes.type == cudaMemoryTypeDevice && attributes.device != current)
+      return "it lies on GPU " + std::to_string(attributes.device) + ", not on GPU " +
+             std::to_string(current);
+  }
+  return "";
+}
+
+static_assert(sizeof(cudaIpcMemHandle_t) == kHandleBytes);
+
+MemoryHandle export_memory(void* memory) {
+  cudaIpcMemHandle_t handle;
+  check(cudaIpcGetMemHandle(&handle, memory), "Exporting memory");
+  MemoryHandle bytes;
+  std::memcpy(bytes.data(), &handle, bytes.size());
+  return bytes;
+}
+
+void* import_memory(const MemoryHandle& bytes) {
+  cudaIpcMemHandle_t handle;
+  std::memcpy(&handle, bytes.data(), bytes.size());
+  void* memory = nullptr;
+  const cudaError_t error = cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess);
+  if (error == cudaSuccess) return memory;
+  cudaGetLastError();
+  throw Error(ErrorCode::kInvalidArgument,
+              "The handle opens no memory: " + text_of(error) +
+                  ". It must come from another process of this machine that still holds the memory.");
+}
+
+void close_memory(void* memory) noexcept { note(cudaIpcCloseMemHandle(memory)); }
+
 void check(cudaError_t error, const char* what) {
   const cudaError_t before = noted.exchange(cudaSuccess);
   if (error == cudaSuccess) error = before;
@@ -74,7 +175,7 @@ void note(cudaError_t error) noexcept {
 
 }  // namespace gpu::device
 
-std::shared_ptr<Backend> make_cuda_backend() {
+std::shared_ptr<Backend> make_cuda_backend(std::optional<std::uint64_t> stream) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
@@ -84,7 +185,9 @@ std::shared_ptr<Backend> make_cuda_backend() {
                                              ".");
   }
   gpu::device::check(cudaSetDevice(0), "Choosing the GPU");
-  return std::make_shared<gpu::GpuBackend>();
+  std::optional<cudaStream_t> caller;
+  if (stream) caller = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(*stream));
+  return std::make_shared<gpu::GpuBackend>(caller);
 }
 
 }  // namespace innerkv

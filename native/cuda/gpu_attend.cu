@@ -36,7 +36,7 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
                                std::span<const AttendRequest> requests, std::span<const HeadArgs> heads) {
   const int D = rule.head_dim, query_heads = rule.kv_heads * rule.group;
   std::vector<TaskArgs> tasks, fast_tasks;
-  std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0;
+  std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0, host_rows = 0;
   int most_rows = 0, most_splits = 0, most_blocks = 0, fast_rows = 0;
   std::size_t prepared_rows = 0;
   for (const AttendRequest& request : requests)
@@ -62,6 +62,7 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
     }
     const std::size_t all = at(requests[i].q_tokens) * at(query_heads);
     rows_in_all += all;
+    if (!requests[i].q_on_device) host_rows += all;
     split_rows += all * at(plan.splits());
     if (requests[i].logits) logits_in_all += all * at(first_head.tokens);
     most_rows = std::max(most_rows, static_cast<int>(all));
@@ -79,7 +80,7 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
                 Upload::room<TaskArgs>(tasks.size()) + Upload::room<TaskArgs>(fast_tasks.size()) +
                     Upload::room<PreparedArgs>(requests.size()) + Upload::room<MergeArgs>(requests.size()) +
                     Upload::room<RequestArgs>(requests.size()) + Upload::room<HeadArgs>(heads.size()) +
-                    Upload::room<float>(rows_in_all * at(D)));
+                    Upload::room<float>(host_rows * at(D)));
   TaskArgs *task_args, *fast_args;
   PreparedArgs* prepared_args;
   MergeArgs* merge_args;
@@ -92,25 +93,34 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
   const MergeArgs* merges_there = upload.add(requests.size(), &merge_args);
   const RequestArgs* requests_there = upload.add(requests.size(), &request_args);
   const HeadArgs* heads_there = upload.add(heads.size(), &head_args);
-  const float* q_there = upload.add(rows_in_all * at(D), &q);
+  const float* q_there = upload.add(host_rows * at(D), &q);
   std::copy(tasks.begin(), tasks.end(), task_args);
   std::copy(fast_tasks.begin(), fast_tasks.end(), fast_args);
   std::copy(heads.begin(), heads.end(), head_args);
-  std::size_t row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1);
+  std::size_t row = 0, host_row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1);
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const HeadArgs& head = heads[i * at(rule.kv_heads)];
     const Plan plan(head);
     const std::size_t rows = at(request.q_tokens) * at(query_heads);
-    std::copy_n(request.q, rows * at(D), q + row * at(D));
-    request_args[i] = {q_there + row * at(D),       request.logits ? results + logits_at : nullptr,
-                       partial + split_row * at(D), states + split_row,
-                       static_cast<int>(rows),      request.q_tokens,
-                       request.sliding_window,      request.causal};
+    const float* queries = request.q;
+    if (!request.q_on_device) {
+      std::copy_n(request.q, rows * at(D), q + host_row * at(D));
+      queries = q_there + host_row * at(D);
+      host_row += rows;
+    }
+    request_args[i] = {queries,
+                       request.logits ? results + logits_at : nullptr,
+                       partial + split_row * at(D),
+                       states + split_row,
+                       static_cast<int>(rows),
+                       request.q_tokens,
+                       request.sliding_window,
+                       request.causal};
     merge_args[i] = {request_args[i].partial,
                      request_args[i].state,
-                     results + row * at(D),
-                     results + rows_in_all * at(D) + row,
+                     request.out_on_device ? request.out : results + row * at(D),
+                     request.lse && request.lse_on_device ? request.lse : results + rows_in_all * at(D) + row,
                      plan.splits(),
                      static_cast<int>(rows),
                      hadamard_v ? plan.stored_splits : 0};
@@ -134,15 +144,18 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
                              device::stream()),
                 "merge");
   launches_end();
+  Download download(results_);
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const std::size_t rows = at(request_args[i].rows);
-    device::copy(request.out, merge_args[i].out, sizeof(float) * rows * at(D));
-    if (request.lse) device::copy(request.lse, merge_args[i].lse, sizeof(float) * rows);
+    if (!request.out_on_device) download.add(request.out, merge_args[i].out, sizeof(float) * rows * at(D));
+    if (request.lse && !request.lse_on_device)
+      download.add(request.lse, merge_args[i].lse, sizeof(float) * rows);
     if (request.logits)
-      device::copy(request.logits, request_args[i].logits,
+      download.add(request.logits, request_args[i].logits,
                    sizeof(float) * rows * at(heads[i * at(rule.kv_heads)].tokens));
   }
+  download.finish();
   device::check(cudaSuccess, "attend");
 }
 
@@ -249,6 +262,13 @@ void GpuBackend::attend_dense(const DenseRequest& request) {
   std::uint8_t* v = k + bytes;
   device::copy(k, request.k, bytes);
   device::copy(v, request.v, bytes);
+  if (request.suspect) {
+    const Dtype dtype = request.half ? Dtype::kF16 : Dtype::kF32;
+    const std::size_t all = bytes / number;
+    Intake both[] = {{k, dtype, all, dtype}, {v, dtype, all, dtype}};
+    take(both);
+    if (!both[0].finite || !both[1].finite) request.suspect();
+  }
   const int count = ceil_div(request.tokens, kPageTokens);
   const std::size_t pages = at(count) * at(request.kv_heads);
   Upload upload(pages_, Upload::room<PageArgs>(pages));

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "../core/error.h"
@@ -31,66 +30,6 @@ QuantiseRule rule_of(const LayerScheme& scheme, int head_dim, const RopeConfig& 
 }
 
 }  // namespace
-
-// ---- memory ----
-
-DeviceBuffer::~DeviceBuffer() { device::release(memory_); }
-
-std::uint8_t* DeviceBuffer::reserve(std::size_t bytes) {
-  if (bytes > bytes_) {
-    const std::size_t wanted = std::max(bytes, bytes_ + bytes_ / 2);
-    device::release(std::exchange(memory_, nullptr));
-    bytes_ = 0;
-    memory_ = static_cast<std::uint8_t*>(device::allocate(wanted));
-    bytes_ = wanted;
-  }
-  return memory_;
-}
-
-Upload::Upload(DeviceBuffer& buffer, std::size_t capacity)
-    : device_(buffer.reserve(capacity)), host_(capacity) {}
-
-std::size_t Upload::place(std::size_t bytes) {
-  const std::size_t place = used_;
-  used_ += (bytes + kAlign - 1) / kAlign * kAlign;
-  if (used_ > host_.size()) throw Error(ErrorCode::kInternal, "An upload was planned too small.");
-  return place;
-}
-
-void Upload::flush() {
-  if (used_ > 0) device::copy(device_, host_.data(), used_);
-}
-
-void* GpuBackend::allocate_memory(std::size_t bytes) { return device::allocate(bytes); }
-void GpuBackend::free_memory(void* memory, std::size_t) noexcept { device::release(memory); }
-void GpuBackend::clear_memory(void* memory, std::size_t bytes) noexcept { device::clear(memory, bytes); }
-void GpuBackend::copy_memory(void* to, const void* from, std::size_t bytes) noexcept {
-  device::copy(to, from, bytes);
-}
-
-const std::uint16_t* GpuBackend::stage(int place, const std::uint16_t* numbers, std::size_t count) {
-  if (device::owns(numbers)) return numbers;
-  copies_.reserve(kCopyBytes);  // so that copy_rows() takes no memory
-  auto* to = reinterpret_cast<std::uint16_t*>(staged_[place].reserve(2 * count));
-  device::copy(to, numbers, 2 * count);
-  return to;
-}
-
-void GpuBackend::copy_rows(std::span<const RowCopy> copies, int row) noexcept {
-  constexpr std::size_t kBatch = kCopyBytes / sizeof(RowCopy);
-  auto* there = reinterpret_cast<RowCopy*>(copies_.reserve(kCopyBytes));
-  for (std::size_t first = 0; first < copies.size(); first += kBatch) {
-    const auto batch = copies.subspan(first, std::min(kBatch, copies.size() - first));
-    device::copy(there, batch.data(), sizeof(RowCopy) * batch.size());
-    int rows = 1;
-    for (const RowCopy& copy : batch) rows = std::max(rows, copy.rows);
-    launches_begin();
-    device::note(launch(copy_window_rows,
-                        dim3(dim(std::min(rows, 1024)), static_cast<unsigned>(batch.size())), dim3(64), 0,
-                        device::stream(), there, row));
-    launches_end();
-  }
-}
 
 // ---- quantise ----
 

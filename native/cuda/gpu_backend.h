@@ -3,24 +3,68 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../core/backend.h"
 #include "args.h"
+#include "device.h"
 
 namespace innerkv::gpu {
 
-/// Device memory that grows and is never smaller than asked.
+/// Pinned host memory in turns: the device copies from one block while the host writes the next.
+class PinnedTurns {
+ public:
+  PinnedTurns() = default;
+  PinnedTurns(const PinnedTurns&) = delete;
+  ~PinnedTurns();
+  /// The next block, no longer in use by the device. Throws Error{kOutOfMemory}; never for `bytes` that every
+  /// block had before.
+  std::uint8_t* next(std::size_t bytes);
+  /// Makes blocks of so many bytes.
+  void prepare(std::size_t bytes);
+  /// The block of the last next() is in use until what the device has been asked so far is done.
+  void sent() noexcept { turns_[turn_].mark.set(); }
+  /// Waits for that.
+  void wait() noexcept { turns_[turn_].mark.wait(); }
+
+ private:
+  static constexpr int kTurns = 4;
+  struct Turn {
+    std::uint8_t* memory = nullptr;
+    std::size_t bytes = 0;
+    device::Mark mark;
+  };
+  Turn turns_[kTurns];
+  int turn_ = 0;
+};
+
+/// Device memory that grows and is never smaller than asked, and the way into and out of it.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
   DeviceBuffer(const DeviceBuffer&) = delete;
   ~DeviceBuffer();
   std::uint8_t* reserve(std::size_t bytes);  // contents are lost when it grows; throws Error{kOutOfMemory}
+  /// Host memory to write to before send(). Throws Error{kOutOfMemory}.
+  std::uint8_t* host(std::size_t bytes);
+  /// Copies the first `bytes` of host() to the beginning of the buffer; returns before that is done.
+  void send(std::size_t bytes) noexcept;
+  /// Both at once, of memory that is the caller's again on return.
+  void put(const void* from, std::size_t bytes);
+  /// Copies so many bytes to `to` and waits for them.
+  void fetch(void* to, const std::uint8_t* from, std::size_t bytes);
+  /// reserve() and put() of so many bytes take no memory from now on.
+  void prepare(std::size_t bytes);
+
+  static constexpr std::size_t kPinned = std::size_t{1} << 20;  // larger copies go without pinned memory
 
  private:
   std::uint8_t* memory_ = nullptr;
   std::size_t bytes_ = 0;
+  PinnedTurns turns_;
+  std::vector<std::uint8_t> large_;
+  std::uint8_t* host_ = nullptr;
 };
 
 /// Arguments on their way to the device: everything is laid out on the host, then copied at once.
@@ -36,7 +80,7 @@ class Upload {
   template <class T>
   T* add(std::size_t count, T** host) {
     const std::size_t at = place(sizeof(T) * count);
-    *host = reinterpret_cast<T*>(host_.data() + at);
+    *host = reinterpret_cast<T*>(host_ + at);
     return reinterpret_cast<T*>(device_ + at);
   }
   void flush();
@@ -44,9 +88,28 @@ class Upload {
  private:
   static constexpr std::size_t kAlign = 256;
   std::size_t place(std::size_t bytes);
-  std::uint8_t* device_;
-  std::vector<std::uint8_t> host_;
-  std::size_t used_ = 0;
+  DeviceBuffer& buffer_;
+  std::uint8_t *device_, *host_;
+  std::size_t capacity_, used_ = 0;
+};
+
+/// Results on their way to the host, in one copy if they are small.
+class Download {
+ public:
+  explicit Download(DeviceBuffer& from) : buffer_(from) {}
+  /// `from`: in the buffer.
+  void add(void* to, const void* from, std::size_t bytes);
+  /// Waits until everything is there.
+  void finish();
+
+ private:
+  struct Part {
+    void* to;
+    const std::uint8_t* from;
+    std::size_t bytes;
+  };
+  DeviceBuffer& buffer_;
+  std::vector<Part> parts_;
 };
 
 /// Told when the kernels of a call begin and end on device::stream(): everything they read is there by then,
@@ -60,6 +123,8 @@ class LaunchObserver {
 
 class GpuBackend final : public Backend {
  public:
+  /// `caller`: the stream on which the caller works, in order with which he wants to be served.
+  explicit GpuBackend(std::optional<cudaStream_t> caller = std::nullopt);
   /// Null switches it off.
   void observe(LaunchObserver* observer) { observer_ = observer; }
 
@@ -68,12 +133,19 @@ class GpuBackend final : public Backend {
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override;
   const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override;
+  void take(std::span<Intake> tensors) override;
   void copy_rows(std::span<const RowCopy> copies, int row) noexcept override;
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override;
   bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
               const RotationTable& rotations, const std::atomic<bool>* aborted) override;
   void attend_dense(const DenseRequest& request) override;
+  std::string objection(const void* memory, std::size_t bytes) override;
+  MemoryHandle export_memory(void* memory) override;
+  void* import_memory(const MemoryHandle& handle) override;
+  void close_memory(void* memory) noexcept override;
+  void follow_caller() override;
+  void settle() override;
 
  private:
   void run_attention(const AttendRule& rule, bool hadamard_v, std::span<const AttendRequest> requests,
@@ -86,7 +158,8 @@ class GpuBackend final : public Backend {
   }
 
   static constexpr std::size_t kCopyBytes = 1 << 16;
-  DeviceBuffer staged_[2], copies_, arguments_, pages_, work_, prepared_, results_, dense_;
+  DeviceBuffer staged_[2], copies_, arguments_, pages_, work_, prepared_, results_, dense_, intake_, taken_;
+  std::optional<cudaStream_t> caller_;
   LaunchObserver* observer_ = nullptr;
 };
 

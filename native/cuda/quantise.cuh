@@ -304,12 +304,4 @@ INNERKV_KERNEL(32) void compact_zeros(QuantiseRule rule, const QuantiseArgs* job
   if (lane == 0) *total = count;
 }
 
-/// Rows of new tokens into windows: grid (rows, copies), 64 threads.
-INNERKV_KERNEL(64) void copy_window_rows(const RowCopy* copies, int row) {
-  const RowCopy& copy = copies[blockIdx.y];
-  for (int r = static_cast<int>(blockIdx.x); r < copy.rows; r += static_cast<int>(gridDim.x))
-    for (int i = static_cast<int>(threadIdx.x); i < row; i += static_cast<int>(blockDim.x))
-      copy.to[static_cast<std::ptrdiff_t>(r) * row + i] = copy.from[r * copy.stride + i];
-}
-
 }  // namespace innerkv::gpu

@@ -88,19 +88,19 @@ void check_masses(Cache& cache, BatchItem item, const std::vector<float>& logits
       if (p > 0) allowed[at] += p * (2.0 * u * (std::abs(logit) + 2 * std::abs(sum) + 1) + 2e-7 + rows * u);
       allowed[at] += std::ldexp(1.0, -126);  // smaller ones are 0
     }
-  const std::vector<float> out(item.out,
-                               item.out + lse.size() * static_cast<std::size_t>(cache.config().head_dim));
+  const std::vector<float> out(
+      item.out.data, item.out.data + lse.size() * static_cast<std::size_t>(cache.config().head_dim));
   for (const std::size_t most : {kMassNumbers, std::size_t{1}}) {
     std::vector<float> mass(expected.size(), NAN);
     item.logits = nullptr;
     item.mass = mass.data();
-    std::fill_n(item.out, out.size(), NAN);
+    std::fill_n(item.out.data, out.size(), NAN);
     CHECK(attend_batch(cache, 0, std::span(&item, 1), true, nullptr, most));
     bool right = true;
     for (std::size_t i = 0; i < mass.size(); ++i)
       right &= std::abs(static_cast<double>(mass[i]) - expected[i]) <= allowed[i];
     CHECK_WITH(right, name + ": masses");
-    CHECK_WITH(std::equal(out.begin(), out.end(), item.out), name + ": output beside masses");
+    CHECK_WITH(std::equal(out.begin(), out.end(), item.out.data), name + ": output beside masses");
   }
 }
 

@@ -27,6 +27,10 @@ class RefusingBackend final : public Backend {
   const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
     return cpu_.stage(place, numbers, count);
   }
+  void take(std::span<Intake> tensors) override { cpu_.take(tensors); }
+  std::string objection(const void* memory, std::size_t bytes) override {
+    return cpu_.objection(memory, bytes);
+  }
   void copy_rows(std::span<const RowCopy> copies, int row) noexcept override { cpu_.copy_rows(copies, row); }
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override {

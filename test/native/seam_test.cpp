@@ -5,7 +5,7 @@
 
 #include <map>
 
-#include "support.h"
+#include "device_tensors.h"
 
 namespace innerkv::test {
 namespace {
@@ -33,14 +33,19 @@ class SealedBackend final : public Backend {
     cpu_.copy_memory(to, from, bytes);
   }
   const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
-    Staged& staged = staged_[place];
-    if (staged.count < count) {
-      if (staged.memory) free_memory(staged.memory, 2 * staged.count);
-      staged = {allocate_memory(2 * count), count};
-    }
-    copy_memory(staged.memory, numbers, 2 * count);
-    return static_cast<const std::uint16_t*>(staged.memory);
+    return static_cast<const std::uint16_t*>(keep(place, numbers, 2 * count));
   }
+  void take(std::span<Intake> tensors) override {
+    {
+      const Opened opened(*this);
+      cpu_.take(tensors);
+    }
+    int place = 2;
+    for (Intake& tensor : tensors)
+      if (tensor.ready != tensor.from)
+        tensor.ready = keep(place++, tensor.ready, dtype_bytes(tensor.as) * tensor.count);
+  }
+  std::string objection(const void*, std::size_t) override { return ""; }
   void copy_rows(std::span<const RowCopy> copies, int row) noexcept override {
     const Opened opened(*this);
     cpu_.copy_rows(copies, row);
@@ -68,21 +73,30 @@ class SealedBackend final : public Backend {
     SealedBackend& backend_;
   };
   void release_staging() {
-    for (Staged& staged : staged_)
-      if (staged.memory) free_memory(staged.memory, 2 * staged.count);
+    for (const auto& [place, staged] : staged_) free_memory(staged.memory, staged.bytes);
+    staged_.clear();
   }
 
  private:
   struct Staged {
     void* memory = nullptr;
-    std::size_t count = 0;
+    std::size_t bytes = 0;
   };
+  const void* keep(int place, const void* from, std::size_t bytes) {
+    Staged& staged = staged_[place];
+    if (staged.bytes < bytes) {
+      if (staged.memory) free_memory(staged.memory, staged.bytes);
+      staged = {allocate_memory(bytes), bytes};
+    }
+    copy_memory(staged.memory, from, bytes);
+    return staged.memory;
+  }
   void protect(int rights) {
     for (const auto& [memory, bytes] : regions_) mprotect(memory, bytes, rights);
   }
   CpuBackend cpu_{1, nullptr};
   std::map<void*, std::size_t> regions_;
-  Staged staged_[2];
+  std::map<int, Staged> staged_;
 };
 
 /// A life with every operation; what it leaves behind as bytes.
@@ -133,6 +147,23 @@ TEST("the core touches device memory only through the backend, and no result dep
                       [&] { return std::make_unique<SealedBackend::Opened>(*backend); }) == expected,
                  family.name);
     }
+    backend->release_staging();
+  }
+}
+
+TEST("tensors on the device are taken in by the backend, and give what arrays give") {
+  for (const Family& family : families())
+    for (const Dtype dtype : kDtypes) {
+      const auto backend = std::make_shared<SealedBackend>();
+      check_same_as_arrays(backend, family, dtype);
+      backend->release_staging();
+    }
+}
+
+TEST("what is not finite on the device is refused by name, and nothing has changed") {
+  for (const Dtype dtype : kDtypes) {
+    const auto backend = std::make_shared<SealedBackend>();
+    check_not_finite(backend, families()[0], dtype);
     backend->release_staging();
   }
 }

@@ -1,22 +1,63 @@
 // cuda/device.h on the emulated GPU. Includes the backend's host code, so that a program has one of the two.
+//
+// Copies of pinned memory happen as late as they may on a GPU: what was copied to the host is there only once
+// a mark is waited for, and the source of a copy to the device that changes before that is a mistake.
 #include "cuda/device.h"
 
 #include <cstring>
+#include <limits>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "core/error.h"
+#include "simt/device_log.h"
+
+namespace simt {
+int allocations_left = std::numeric_limits<int>::max();
+std::size_t bytes_to_host = 0;
+std::vector<std::string> device_log, device_mistakes;
+}  // namespace simt
 
 namespace innerkv::gpu::device {
 namespace {
+
 std::map<const std::uint8_t*, std::size_t> regions;
+std::map<const std::uint8_t*, std::size_t> pinned;
 cudaError_t noted = cudaSuccess;
+
+/// A copy that the host must not rely on yet.
+struct Late {
+  void* host;
+  std::vector<std::uint8_t> bytes;  // what comes to the host, or what had to stay there
+  bool to_host;
+};
+std::vector<Late> late;
+std::size_t finished = 0, first_late = 0;  // numbers of copies
+
+void finish_until(std::size_t end) {
+  for (; finished < end; ++finished) {
+    Late& copy = late[finished - first_late];
+    if (copy.to_host)
+      std::memcpy(copy.host, copy.bytes.data(), copy.bytes.size());
+    else if (std::memcmp(copy.host, copy.bytes.data(), copy.bytes.size()) != 0)
+      simt::device_mistakes.push_back("pinned memory changed while it was being copied");
+  }
+  late.erase(late.begin(), late.begin() + static_cast<std::ptrdiff_t>(finished - first_late));
+  first_late = finished;
+}
+
+void count_allocation(std::size_t bytes) {
+  if (simt::allocations_left-- <= 0)
+    throw Error(ErrorCode::kOutOfMemory, "The emulated GPU refuses " + std::to_string(bytes) + " bytes.");
+}
+
 }  // namespace
 
 cudaStream_t stream() { return nullptr; }
 
 void* allocate(std::size_t bytes) {
+  count_allocation(bytes);
   void* memory;
   try {
     memory = simt::device_allocate(bytes);
@@ -46,6 +87,7 @@ void clear(void* memory, std::size_t bytes) noexcept {
 
 void copy(void* to, const void* from, std::size_t bytes) noexcept {
   std::vector<std::uint8_t> passing(bytes);
+  if (owns(from) && !owns(to)) simt::bytes_to_host += bytes;
   if (owns(from))
     simt::device_download(passing.data(), from, bytes);
   else
@@ -55,6 +97,80 @@ void copy(void* to, const void* from, std::size_t bytes) noexcept {
   else
     std::memcpy(to, passing.data(), bytes);
 }
+
+void* allocate_pinned(std::size_t bytes) {
+  count_allocation(bytes);
+  auto* memory = new std::uint8_t[bytes];
+  pinned[memory] = bytes;
+  return memory;
+}
+
+void release_pinned(void* memory) noexcept {
+  if (!memory) return;
+  pinned.erase(static_cast<const std::uint8_t*>(memory));
+  delete[] static_cast<std::uint8_t*>(memory);
+}
+
+void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
+  const bool to_host = !owns(to);
+  if (to_host) simt::bytes_to_host += bytes;
+  auto* host = static_cast<std::uint8_t*>(to_host ? to : const_cast<void*>(from));
+  const auto after = pinned.upper_bound(host);
+  if (after == pinned.begin() || host + bytes > std::prev(after)->first + std::prev(after)->second)
+    simt::device_mistakes.push_back("a late copy of memory that is not pinned");
+  std::vector<std::uint8_t> passing(bytes);
+  if (to_host) {
+    simt::device_download(passing.data(), from, bytes);
+    std::memset(to, 0xa5, bytes);
+  } else {
+    std::memcpy(passing.data(), from, bytes);
+    simt::device_upload(to, from, bytes);
+  }
+  late.push_back({host, std::move(passing), to_host});
+}
+
+Mark::~Mark() { delete static_cast<std::size_t*>(event_); }
+
+void Mark::set() noexcept {
+  if (!event_) event_ = new std::size_t;
+  *static_cast<std::size_t*>(event_) = first_late + late.size();
+}
+
+void Mark::wait() noexcept {
+  if (event_ && *static_cast<std::size_t*>(event_) > finished)
+    finish_until(*static_cast<std::size_t*>(event_));
+}
+
+void synchronize() noexcept {
+  finish_until(first_late + late.size());
+  simt::device_log.push_back("synchronize");
+}
+
+void follow(cudaStream_t) noexcept { simt::device_log.push_back("follow"); }
+void lead(cudaStream_t) noexcept { simt::device_log.push_back("lead"); }
+
+std::string objection(const void* memory, std::size_t bytes) {
+  const auto* byte = static_cast<const std::uint8_t*>(memory);
+  const auto after = regions.upper_bound(byte);
+  const bool inside =
+      after != regions.begin() && byte + bytes <= std::prev(after)->first + std::prev(after)->second;
+  return inside ? "" : "the emulated GPU has nothing there";
+}
+
+MemoryHandle export_memory(void* memory) {
+  MemoryHandle handle{};
+  std::memcpy(handle.data(), &memory, sizeof memory);
+  return handle;
+}
+
+void* import_memory(const MemoryHandle& handle) {
+  void* memory;
+  std::memcpy(&memory, handle.data(), sizeof memory);
+  if (!owns(memory)) throw Error(ErrorCode::kInvalidArgument, "The handle opens no memory.");
+  return memory;
+}
+
+void close_memory(void*) noexcept { simt::device_log.push_back("close"); }
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) error = noted;

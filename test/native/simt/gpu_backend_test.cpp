@@ -4,15 +4,12 @@
 // INNERKV_GPU_LONGEST, tokens of the longest sequence; INNERKV_GPU_SEED.
 #include <cstdlib>
 
+#include "simt/gpu_tensors.h"
 #include "simt/gpu_under_test.h"
 #include "support.h"
 
 namespace innerkv::test {
 namespace {
-
-std::shared_ptr<Cache> gpu_cache(const CacheConfig& config) {
-  return std::make_shared<Cache>(gpu_backend(), config);
-}
 
 /// contents() of a sequence whose pages and windows are on the device: its file holds the same.
 Bytes stored(const Sequence& sequence) { return saved(sequence); }

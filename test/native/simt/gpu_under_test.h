@@ -11,7 +11,6 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/factory.h"
-#include "cuda/gpu_backend.h"
 
 namespace simt {
 
@@ -30,6 +29,7 @@ inline std::vector<std::string> take_reports() {
 #include "cuda/attend_mma.cu"
 #include "cuda/gpu_attend.cu"
 #include "cuda/gpu_backend.cu"
+#include "cuda/gpu_memory.cu"
 #include "cuda/merge.cu"
 #endif
 

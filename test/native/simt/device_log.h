@@ -1,0 +1,24 @@
+// What tests see and set of the emulated device.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace simt {
+
+/// Allocations of device and pinned memory that still succeed.
+extern int allocations_left;
+
+/// Copied from the device to the host.
+extern std::size_t bytes_to_host;
+
+/// Waits and orders between streams as they happened.
+extern std::vector<std::string> device_log;
+
+/// What was done to memory that is being copied.
+extern std::vector<std::string> device_mistakes;
+inline std::vector<std::string> take_device_mistakes() { return std::exchange(device_mistakes, {}); }
+
+}  // namespace simt

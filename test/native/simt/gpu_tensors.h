@@ -1,0 +1,242 @@
+// Tests of callers' tensors on the GPU backend, part of gpu_backend_test: the same as everywhere, and what
+// only the emulated device can tell: what is copied to the host, what is allocated, and in which order
+// streams wait.
+#pragma once
+
+#include <climits>
+
+#include "device_tensors.h"
+#include "simt/gpu_under_test.h"
+#ifndef INNERKV_ON_GPU
+#include "simt/device_log.h"
+#endif
+
+namespace innerkv::test {
+
+inline std::shared_ptr<Cache> gpu_cache(const CacheConfig& config) {
+  return std::make_shared<Cache>(gpu_backend(), config);
+}
+
+namespace tensors {  // tests are named by their line, which others may have in other files
+namespace {
+
+/// Families whose tokens go three different ways into pages, and one for every dtype.
+std::vector<Family> some_families() {
+  std::vector<Family> all = families();
+  return {all[0], all[1], all[6]};
+}
+
+TEST("tensors of every type give what arrays give, bit for bit") {
+  const auto schedules = simt::schedules();
+  std::size_t turn = 0;
+  for (const Family& family : some_families())
+    for (const Dtype dtype : kDtypes) {
+      simt::use(schedules[turn++ % schedules.size()]);
+      check_same_as_arrays(gpu_backend(), family, dtype, 60, 3);
+      CHECK_WITH(simt::take_reports().empty(), family.name);
+    }
+}
+
+TEST("what is not finite in a tensor is refused by name, and nothing has changed") {
+  for (const Dtype dtype : kDtypes) check_not_finite(gpu_backend(), families()[0], dtype);
+  CHECK(simt::take_reports().empty());
+}
+
+TEST("plain attention says that k or v is not finite, before it writes") {
+  const int tokens = 200, D = 64;
+  for (const bool half : {false, true})
+    for (const int bad : {-1, 0, 1}) {
+      std::vector<float> kv[2], q(at(D), 1.0f), out(at(D), 7.0f);
+      std::vector<std::uint16_t> kv16[2];
+      for (const int i : {0, 1}) {
+        kv[i].assign(at(tokens * D), 0.5f);
+        if (bad == i) kv[i][at(150 * D + 3)] = std::numeric_limits<float>::quiet_NaN();
+        for (const float x : kv[i]) kv16[i].push_back(half_bits_ieee(x));
+      }
+      DenseRequest request;
+      request.k = half ? static_cast<const void*>(kv16[0].data()) : kv[0].data();
+      request.v = half ? static_cast<const void*>(kv16[1].data()) : kv[1].data();
+      request.half = half;
+      request.q = q.data();
+      request.out = out.data();
+      request.tokens = tokens;
+      request.q_tokens = request.query_heads = request.kv_heads = 1;
+      request.head_dim = D;
+      request.scale = 0.1f;
+      request.causal = false;
+      int called = 0;
+      request.suspect = [&] {
+        ++called;
+        throw Error(ErrorCode::kNotFinite, "suspect");
+      };
+      CHECK(error_of([&] { gpu_backend()->attend_dense(request); }) ==
+            (bad < 0 ? -1 : static_cast<int>(ErrorCode::kNotFinite)));
+      CHECK(called == (bad < 0 ? 0 : 1));
+      CHECK((out[0] == 7.0f) == (bad >= 0));
+    }
+  CHECK(simt::take_reports().empty());
+}
+
+TEST("a checkpoint on the device brings back windows and pages to the bit") {
+  for (const Family& family : some_families()) {
+    const Tokens tokens = tokens_of(family.config, 60, 1), others = tokens_of(family.config, 40, 2);
+    for (const int n : {0, 60})
+      for (const int added : {1, 40}) {
+        const auto cache = gpu_cache(family.config);
+        const auto sequence = filled(cache, tokens, n);
+        const Bytes before = saved(*sequence);
+        {
+          const Checkpoint point = sequence->checkpoint(added);
+          for (int done = 0; done < added; done += std::min(added - done, 30))
+            append(*sequence, others, done, std::min(added - done, 30));
+          sequence->restore(point);
+        }
+        CHECK_WITH(saved(*sequence) == before, family.name);
+      }
+    CHECK_WITH(simt::take_reports().empty(), family.name);
+  }
+}
+
+#ifndef INNERKV_ON_GPU
+
+/// A sequence of 40 tokens, tensors for more, and results, all on the device.
+struct DeviceWorld {
+  std::shared_ptr<Backend> backend;
+  std::shared_ptr<Cache> cache;
+  DeviceNumbers k, v, q;
+  OnDevice<float> out;
+  std::unique_ptr<Sequence> sequence;
+  std::size_t row;
+
+  DeviceWorld(const Family& family, Dtype kv, Dtype queries, std::shared_ptr<Backend> on = gpu_backend())
+      : backend(std::move(on)),
+        cache(std::make_shared<Cache>(backend, family.config)),
+        k(backend, kv, gaussians(at(40 * family.config.kv_heads * family.config.head_dim), 1)),
+        v(backend, kv, gaussians(at(40 * family.config.kv_heads * family.config.head_dim), 2)),
+        q(backend, queries, gaussians(at(family.config.query_heads * family.config.head_dim), 3)),
+        out(backend, std::vector<float>(at(family.config.query_heads * family.config.head_dim))),
+        sequence(filled(cache, tokens_of(family.config, 40, 4), 40)),
+        row(at(family.config.kv_heads * family.config.head_dim)) {}
+  void append_one(int token, bool known = false) {
+    sequence->append(0, k.view(row * at(token), known), v.view(row * at(token), known), 1);
+  }
+  void attend(bool known = false) {
+    const BatchItem item{sequence.get(), q.view(0, known), Target::device(out.get()), nullptr, nullptr, 1};
+    CHECK(attend_batch(*cache, 0, std::span(&item, 1), true, nullptr));
+  }
+};
+
+TEST("a decode step on the device copies nothing to the host but what is said of NaN, and takes no memory") {
+  for (const Family& family : {families()[0], families()[6]}) {
+    DeviceWorld known(family, Dtype::kF16, Dtype::kF32), searched(family, Dtype::kF32, Dtype::kBf16);
+    for (int token = 0; token < 4; ++token) {  // scratch grows to what a step needs
+      known.append_one(token, true);
+      known.attend(true);
+      searched.append_one(token);
+      searched.attend();
+      const Checkpoint point = known.sequence->checkpoint(1);
+    }
+    simt::allocations_left = 0;
+    simt::bytes_to_host = 0;
+    for (int token = 4; token < 20; ++token) {
+      const Checkpoint point = known.sequence->checkpoint(1);
+      known.append_one(token, true);
+      known.attend(true);
+      if (token % 4 == 0) known.sequence->restore(point);
+    }
+    CHECK_WITH(simt::bytes_to_host == 0, family.name);
+    for (int token = 4; token < 20; ++token) {
+      searched.append_one(token);
+      searched.attend();
+    }
+    CHECK_WITH(simt::bytes_to_host == 16 * 3 * sizeof(unsigned), family.name);  // k, v, q
+    simt::allocations_left = INT_MAX;
+    CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
+  }
+}
+
+TEST("a GPU that refuses its n-th piece of memory leaves everything as it was") {
+  struct Operation {
+    const char* name;
+    void (*run)(DeviceWorld&);
+  };
+  const Operation operations[] = {
+      {"append", [](DeviceWorld& w) { w.sequence->append(0, w.k.view(), w.v.view(), 12); }},
+      {"append what is vouched for",
+       [](DeviceWorld& w) { w.sequence->append(0, w.k.view(0, true), w.v.view(0, true), 12); }},
+      {"attend", [](DeviceWorld& w) { w.attend(); }},
+      {"a checkpoint", [](DeviceWorld& w) { w.sequence->checkpoint(30); }},
+      {"replace", [](DeviceWorld& w) { w.sequence->replace(0, 20, w.k.view(), w.v.view()); }},
+  };
+  for (const Operation& operation : operations) {
+    int failures = 0, code = 0;
+    for (int allowed = 0; code >= 0 && allowed < 100; ++allowed) {
+      // A backend of its own, so that its scratch memory is fresh and has to be taken.
+      DeviceWorld world(families()[0], Dtype::kF32, Dtype::kF16, std::make_shared<gpu::GpuBackend>());
+      const Bytes before = saved(*world.sequence);
+      const std::size_t used = world.cache->pool().used_bytes();
+      simt::allocations_left = allowed;
+      code = error_of([&] { operation.run(world); });
+      simt::allocations_left = INT_MAX;
+      if (code < 0) break;
+      ++failures;
+      CHECK_WITH(code == static_cast<int>(ErrorCode::kOutOfMemory), operation.name);
+      CHECK_WITH(saved(*world.sequence) == before && world.cache->pool().used_bytes() == used,
+                 operation.name);
+      operation.run(world);  // and nothing is broken
+    }
+    CHECK_WITH(code < 0 && failures > 0, operation.name);
+  }
+  CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
+}
+
+TEST("calls are ordered with the caller's stream by events, and wait only when he has none") {
+  const auto log_of = [](std::optional<cudaStream_t> stream) {
+    gpu::GpuBackend backend(stream);
+    simt::device_log.clear();
+    backend.follow_caller();
+    backend.settle();
+    return std::exchange(simt::device_log, {});
+  };
+  using Log = std::vector<std::string>;
+  int there = 0;
+  CHECK((log_of(reinterpret_cast<cudaStream_t>(&there)) == Log{"follow", "lead"}));
+  CHECK((log_of(nullptr) == Log{"follow", "lead"}));  // the default stream is one, too
+  CHECK((log_of(std::nullopt) == Log{"synchronize"}));
+}
+
+TEST("memory of others is looked at as far as the device can tell; a handle opens it again") {
+  const auto backend = gpu_backend();
+  auto* memory = static_cast<std::uint8_t*>(backend->allocate_memory(1000));
+  CHECK(backend->objection(memory, 1000).empty() && backend->objection(memory + 200, 800).empty());
+  CHECK(!backend->objection(memory, 1001).empty() && !backend->objection(&memory, 1).empty());
+  void* again = backend->import_memory(backend->export_memory(memory));
+  CHECK(again == memory);
+  backend->close_memory(again);
+  CHECK(error_of([&] { backend->import_memory({}); }) == static_cast<int>(ErrorCode::kInvalidArgument));
+  backend->free_memory(memory, 1000);
+}
+
+TEST("pinned memory: a late copy whose source changes is found, and one that is awaited is not") {
+  gpu::DeviceBuffer buffer;
+  buffer.reserve(64);
+  std::vector<std::uint8_t> bytes(64, 1), back(64);
+  for (int i = 0; i < 20; ++i) {
+    bytes.assign(64, static_cast<std::uint8_t>(i));
+    buffer.put(bytes.data(), 64);
+    buffer.fetch(back.data(), buffer.reserve(64), 64);
+    CHECK(back == bytes);
+  }
+  CHECK(simt::take_device_mistakes().empty());
+  std::uint8_t* host = buffer.host(64);
+  buffer.send(64);
+  host[0] ^= 1;
+  gpu::device::synchronize();
+  CHECK(simt::take_device_mistakes().size() == 1);
+}
+
+#endif
+
+}  // namespace
+}  // namespace tensors
+}  // namespace innerkv::test
