@@ -169,24 +169,34 @@ std::shared_ptr<Page> Sequence::own_page(const std::shared_ptr<Page>& page, cons
 
 namespace {
 
-/// Statistics of the first tokens of a sequence: docs/format.md section 5.
-Basis online_basis(Backend& backend, const LayerScheme& scheme, const TokenSource& source) {
-  const int D = source.head_dim;
-  std::vector<std::uint16_t> keys(at(scheme.stat_tokens) * at(D));
-  for (int t = 0; t < scheme.stat_tokens; ++t)
-    backend.copy_memory(keys.data() + std::ptrdiff_t{t} * D, source.at_position(t), 2 * at(D));
+/// The first keys of every head on the host: [heads][tokens][D], gathered in one go.
+std::vector<std::uint16_t> first_keys(Cache& cache, std::span<const TokenSource> sources, int tokens) {
+  const int D = cache.config().head_dim;
+  std::vector<std::uint16_t> keys(sources.size() * at(tokens) * at(D));
+  const Spare together = cache.spare(2 * keys.size());
+  auto* next = reinterpret_cast<std::uint16_t*>(together.data());
+  std::vector<RowCopy> rows;
+  for (const TokenSource& source : sources)
+    for (int t = 0; t < tokens; ++t, next += D) rows.push_back({next, source.at_position(t), D, 1});
+  cache.backend().copy_rows(rows, D);
+  cache.backend().copy_memory(keys.data(), together.data(), 2 * keys.size());
+  return keys;
+}
+
+/// Statistics of the first tokens of a sequence, keys [stat_tokens][D]: docs/format.md section 5.
+Basis online_basis(const LayerScheme& scheme, const std::uint16_t* keys, int D) {
   Basis basis;
   if (scheme.online_mean) {
     basis.mean.assign(at(D), 0.0f);
     for (int t = 0; t < scheme.stat_tokens; ++t)
-      for (int c = 0; c < D; ++c) basis.mean[at(c)] += half_value(keys[at(t * D + c)]);
+      for (int c = 0; c < D; ++c) basis.mean[at(c)] += half_value(keys[t * D + c]);
     for (float& mean : basis.mean) mean /= static_cast<float>(scheme.stat_tokens);
   }
   if (scheme.online_lambda) {
     basis.lam.assign(at(D), 0.0f);
     for (int t = 0; t < scheme.stat_tokens; ++t)
       for (int c = 0; c < D; ++c)
-        basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys[at(t * D + c)])));
+        basis.lam[at(c)] = std::max(basis.lam[at(c)], std::abs(half_value(keys[t * D + c])));
     for (float& lam : basis.lam) lam = std::max(std::sqrt(lam), 0x1p-10f);
     for (const float lam : basis.lam) basis.inv_lam.push_back(1.0f / lam);
   }
@@ -275,8 +285,9 @@ void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_
     // released_windows quantises before the statistics are complete: then they come from what there is.
     LayerScheme first = scheme;
     first.stat_tokens = std::min(scheme.stat_tokens, state.tokens + tokens);
+    const std::vector<std::uint16_t> keys = first_keys(*cache_, key_source, first.stat_tokens);
     for (int head = 0; head < heads; ++head)
-      made->push_back(online_basis(backend, first, key_source[at(head)]));
+      made->push_back(online_basis(first, keys.data() + std::ptrdiff_t{head} * first.stat_tokens * D, D));
     online = std::move(made);
   }
 
