@@ -2,9 +2,16 @@
 import { availableParallelism } from 'node:os';
 import { abortable, throwIfAborted, type AbortOptions } from './abort';
 import { binding, type CudaProbe, type NativeBackend, type NativeDenseOptions } from './binding';
+import {
+  makeTensor,
+  makeTensorSync,
+  type DeviceTensor,
+  type Dtype,
+  type TensorOptions,
+} from './device-tensor';
 import { invalid, KvError } from './errors';
 import { Lifetime, Owned } from './lifetime';
-import { checkInteger, checkOutput, checkTensor, type DtypeOptions, type TensorInput } from './tensor';
+import { checkInteger, checkOutput, checkTensor, type ArrayInput, type DtypeOptions } from './tensor';
 
 export interface BackendOptions {
   /** Default: INNERKV_BACKEND, else 'auto'. */
@@ -13,6 +20,11 @@ export interface BackendOptions {
   readonly threads?: number;
   /** Instruction set ('avx512', 'avx2', 'neon', 'scalar'). Default: INNERKV_ISA, else the best this machine runs. */
   readonly isa?: string;
+  /**
+   * A cudaStream_t of the caller's on the same GPU, for `backend: 'cuda'`: calls that use a DeviceTensor are ordered after
+   * what it has been given when they run, and before what it is given after they have settled. Not checked.
+   */
+  readonly stream?: bigint;
   /** Calls that may be under way at once; one more rejects with ERR_INNERKV_QUEUE_FULL. */
   readonly queueLimit?: number;
 }
@@ -40,6 +52,25 @@ export class Backend extends Owned<NativeBackend> {
   ) {
     super();
     this.life = new Lifetime(this, 'backend', native);
+  }
+
+  /**
+   * A tensor in the backend's memory, of zeros or of `data`. @throws ERR_INNERKV_OUT_OF_MEMORY.
+   */
+  async tensor<D extends Dtype>(
+    shape: readonly number[],
+    dtype: D,
+    options: TensorOptions = {},
+  ): Promise<DeviceTensor<D>> {
+    return makeTensor(this, shape, dtype, options);
+  }
+
+  tensorSync<D extends Dtype>(
+    shape: readonly number[],
+    dtype: D,
+    options: TensorOptions = {},
+  ): DeviceTensor<D> {
+    return makeTensorSync(this, shape, dtype, options);
   }
 
   /** Calls under way. */
@@ -87,17 +118,21 @@ export function createBackendSync(options: BackendOptions = {}): Backend {
   );
   const kind = wish === 'cuda' ? 'cuda' : 'cpu';
   const queueLimit = checkInteger(options.queueLimit ?? 1024, 1, 2 ** 30, 'queueLimit');
-  const backend = new native.Backend(threads, options.isa ?? process.env.INNERKV_ISA ?? '', queueLimit, kind);
+  const { stream } = options;
+  if (stream !== undefined && (kind !== 'cuda' || typeof stream !== 'bigint'))
+    throw invalid("stream must be a bigint, and goes with backend: 'cuda'.");
+  const isa = options.isa ?? process.env.INNERKV_ISA ?? '';
+  const backend = new native.Backend(threads, isa, queueLimit, kind, stream);
   const why = wish === 'auto' ? `chosen because ${whyNotCuda}` : 'asked for';
   return new Backend(backend, { kind, ...backend.info(), cuda, why });
 }
 
 export interface DenseAttentionOptions extends DtypeOptions, AbortOptions {
   /** [kvHeads, tokens, headDim], float32 or 16 bits; k and v of one dtype. */
-  readonly k: TensorInput;
-  readonly v: TensorInput;
+  readonly k: ArrayInput;
+  readonly v: ArrayInput;
   /** [qTokens, queryHeads, headDim], after RoPE, not scaled. */
-  readonly q: TensorInput;
+  readonly q: ArrayInput;
   readonly queryHeads: number;
   readonly kvHeads: number;
   readonly headDim: number;

@@ -10,7 +10,10 @@ export interface NativeAbortFlag {
 }
 
 /** Typed arrays as the addon takes them: Uint16Array holds binary16 bits, or bfloat16 when the dtype says so. */
-export type NativeInput = Float32Array | Uint16Array;
+export type NativeArray = Float32Array | Uint16Array;
+/** Float32 results. */
+export type NativeOutput = Float32Array | NativeTensor;
+export type NativeInput = NativeArray | NativeTensor;
 export type NativeDtype = 'f32' | 'f16' | 'bf16';
 type Abort = NativeAbortFlag | undefined;
 
@@ -21,9 +24,9 @@ type Abort = NativeAbortFlag | undefined;
 type Either<T> = T | Promise<T>;
 
 export interface NativeDenseOptions {
-  readonly k: NativeInput;
-  readonly v: NativeInput;
-  readonly q: NativeInput;
+  readonly k: NativeArray;
+  readonly v: NativeArray;
+  readonly q: NativeArray;
   readonly kvDtype: NativeDtype;
   readonly qDtype: NativeDtype;
   readonly tokens: number;
@@ -47,6 +50,27 @@ export interface NativeBackend {
   /** Settles after everything queued so far. */
   drain(): Promise<void>;
   attendDense(sync: boolean, abort: Abort, options: NativeDenseOptions): Either<void>;
+  /** Zeros, or `data`. */
+  tensor(
+    sync: boolean,
+    abort: Abort,
+    dtype: NativeDtype,
+    count: number,
+    data: NativeArray | undefined,
+  ): Either<NativeTensor>;
+  borrow(pointer: bigint, dtype: NativeDtype, count: number): NativeTensor;
+  import(handle: Uint8Array, dtype: NativeDtype, count: number): NativeTensor;
+  dispose(): void;
+}
+
+/** Memory of a backend. */
+export interface NativeTensor {
+  pointer(): bigint;
+  /** Elements [first, first + count) of the same memory. */
+  part(first: number, count: number): NativeTensor;
+  write(sync: boolean, abort: Abort, data: NativeArray): Either<void>;
+  read(sync: boolean, abort: Abort, out: NativeArray): Either<void>;
+  exportHandle(): Uint8Array;
   dispose(): void;
 }
 
@@ -69,8 +93,8 @@ export interface NativeAttendItem {
   readonly sequence: NativeSequence;
   readonly q: NativeInput;
   readonly dtype: NativeDtype;
-  readonly out: Float32Array;
-  readonly lse: Float32Array | undefined;
+  readonly out: NativeOutput;
+  readonly lse: NativeOutput | undefined;
   readonly logits: Float32Array | undefined;
 }
 
@@ -169,7 +193,7 @@ export interface NativeModelOptions {
   readonly bareNorms: boolean;
 }
 
-export interface NativeTensor {
+export interface NativeWeights {
   /** Canonical. */
   readonly name: string;
   readonly type: string;
@@ -276,12 +300,13 @@ export interface NativeBinding {
     isa: string,
     queueLimit: number,
     device: 'cpu' | 'cuda',
+    stream: bigint | undefined,
   ) => NativeBackend;
   readonly Cache: new (backend: NativeBackend, options: NativeCacheOptions) => NativeCache;
   readonly Model: new (
     backend: NativeBackend,
     options: NativeModelOptions,
-    tensors: readonly NativeTensor[],
+    tensors: readonly NativeWeights[],
   ) => NativeModel;
   readonly formatVersion: number;
   readonly pageTokens: number;

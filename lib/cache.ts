@@ -10,12 +10,13 @@ import {
   type NativeReader,
   type NativeSequence,
 } from './binding';
+import { keep, type TensorInput, type TensorOutput } from './device-tensor';
 import { invalid } from './errors';
 import { Lifetime, Owned } from './lifetime';
 import { ropeFrequencies } from './schemes/rope';
 import { type CacheShape, type LayerScheme, type Scheme, type Windows } from './schemes/types';
 import { Sequence, type AttendOptions } from './sequence';
-import { checkInteger, type TensorInput } from './tensor';
+import { checkInteger } from './tensor';
 
 export interface KvCacheOptions extends CacheShape {
   /** One scheme for all layers, one per layer, or a function of the layer. */
@@ -61,7 +62,10 @@ export interface CacheEstimate extends NativeEstimate {
   readonly totalBytes: number;
 }
 
-export interface BatchItem extends Omit<AttendOptions, 'causal' | 'signal'> {
+export interface BatchItem<Out extends TensorOutput = TensorOutput> extends Omit<
+  AttendOptions<Out>,
+  'causal' | 'signal'
+> {
   readonly sequence: Sequence;
   readonly q: TensorInput;
 }
@@ -146,26 +150,31 @@ export class KvCache extends Owned<NativeCache> {
   }
 
   /** One layer of several sequences in one native call. Returns the outputs in the order of the items. */
-  async attendBatch(
+  async attendBatch<Out extends TensorOutput = Float32Array>(
     layer: number,
-    items: readonly BatchItem[],
+    items: readonly BatchItem<Out>[],
     options: AbortOptions & { readonly causal?: boolean } = {},
-  ): Promise<Float32Array[]> {
-    const native = items.map((item) => this.item(layer, item));
-    await abortable(options.signal, (flag) =>
-      this.life.use().attendBatch(false, flag, layer, native, options.causal ?? true),
+  ): Promise<Out[]> {
+    const batch = items.map((item) => this.item(item));
+    const native = batch.map(({ item }) => item);
+    await keep(
+      abortable(options.signal, (flag) =>
+        this.life.use().attendBatch(false, flag, layer, native, options.causal ?? true),
+      ),
+      batch.flatMap(({ uses }) => uses),
     );
-    return native.map(({ out }) => out);
+    return batch.map(({ out }) => out as Out);
   }
 
-  attendBatchSync(
+  attendBatchSync<Out extends TensorOutput = Float32Array>(
     layer: number,
-    items: readonly BatchItem[],
+    items: readonly BatchItem<Out>[],
     options: { readonly causal?: boolean } = {},
-  ): Float32Array[] {
-    const native = items.map((item) => this.item(layer, item));
+  ): Out[] {
+    const batch = items.map((item) => this.item(item));
+    const native = batch.map(({ item }) => item);
     void this.life.use().attendBatch(true, undefined, layer, native, options.causal ?? true);
-    return native.map(({ out }) => out);
+    return batch.map(({ out }) => out as Out);
   }
 
   /**
@@ -200,9 +209,9 @@ export class KvCache extends Owned<NativeCache> {
     }
   }
 
-  private item(layer: number, { sequence, q, ...options }: BatchItem) {
+  private item({ sequence, q, ...options }: BatchItem) {
     if (sequence.cache !== this) throw invalid('attendBatch() got a sequence of another cache.');
-    return sequence.attendItem(layer, q, options);
+    return sequence.attendItem(q, options);
   }
 }
 

@@ -9,7 +9,16 @@ export { KvError, errorCodes } from './errors';
 export type { ErrorCode, ErrorDetails } from './errors';
 export { supportedSpecs, bindingPath } from './binding';
 export type { CudaProbe, SupportedSpec } from './binding';
-export type { TensorInput } from './tensor';
+export { DeviceTensor } from './device-tensor';
+export type {
+  BorrowedMemory,
+  Dtype,
+  DtypeArray,
+  TensorInput,
+  TensorOptions,
+  TensorOutput,
+} from './device-tensor';
+export type { ArrayInput } from './tensor';
 export type { AbortOptions } from './abort';
 export * from './schemes';
 export * from './model';

@@ -4,17 +4,18 @@ import { rename, rm, writeFile } from 'node:fs/promises';
 import { abortable, throwIfAborted, type AbortOptions } from './abort';
 import { type NativeAttendItem, type NativeSequence, type NativeWriter } from './binding';
 import { type KvCache } from './cache';
+import { checkInput, checkTarget, keep, type TensorInput, type TensorOutput } from './device-tensor';
 import { invalid } from './errors';
 import { Lifetime, Owned } from './lifetime';
-import { checkInteger, checkOutput, checkTensor, type DtypeOptions, type TensorInput } from './tensor';
+import { checkInteger, checkOutput, type DtypeOptions } from './tensor';
 
 export interface AppendOptions extends DtypeOptions, AbortOptions {}
 
-export interface AttendOptions extends DtypeOptions, AbortOptions {
-  /** [qTokens, queryHeads, headDim]; made when absent. */
-  readonly out?: Float32Array;
+export interface AttendOptions<Out extends TensorOutput = TensorOutput> extends DtypeOptions, AbortOptions {
+  /** [qTokens, queryHeads, headDim]; a Float32Array is made when absent. A tensor holds anything after a failure. */
+  readonly out?: Out;
   /** [qTokens, queryHeads], natural log-sum-exp of the scaled logits. */
-  readonly lse?: Float32Array;
+  readonly lse?: TensorOutput;
   /** [qTokens, queryHeads, tokens], scaled and capped logits, -Infinity where masked. */
   readonly logits?: Float32Array;
   /** Query i is token length − qTokens + i and sees nothing later. Default true; false: every query sees every token. */
@@ -63,8 +64,11 @@ export class Sequence extends Owned<NativeSequence> {
    */
   async append(layer: number, k: TensorInput, v: TensorInput, options: AppendOptions = {}): Promise<void> {
     const input = this.keysAndValues(k, v, options);
-    await abortable(options.signal, (flag) =>
-      this.life.use().append(false, flag, layer, input.k, input.v, input.dtype),
+    await keep(
+      abortable(options.signal, (flag) =>
+        this.life.use().append(false, flag, layer, input.k, input.v, input.dtype),
+      ),
+      [k, v],
     );
   }
 
@@ -75,21 +79,32 @@ export class Sequence extends Owned<NativeSequence> {
 
   /**
    * Attention of the newest qTokens tokens over everything appended. q: [qTokens, queryHeads, headDim] after RoPE, not
-   * scaled. Returns [qTokens, queryHeads, headDim].
+   * scaled. Returns [qTokens, queryHeads, headDim]: `out`, or a Float32Array.
    */
-  async attend(layer: number, q: TensorInput, options: AttendOptions = {}): Promise<Float32Array> {
-    const item = this.attendItem(layer, q, options);
-    await abortable(options.signal, (flag) =>
-      this.cache.life.use().attendBatch(false, flag, layer, [item], options.causal ?? true),
+  async attend<Out extends TensorOutput = Float32Array>(
+    layer: number,
+    q: TensorInput,
+    options: AttendOptions<Out> = {},
+  ): Promise<Out> {
+    const { item, out, uses } = this.attendItem(q, options);
+    await keep(
+      abortable(options.signal, (flag) =>
+        this.cache.life.use().attendBatch(false, flag, layer, [item], options.causal ?? true),
+      ),
+      uses,
     );
-    return item.out;
+    return out as Out;
   }
 
-  attendSync(layer: number, q: TensorInput, options: AttendOptions = {}): Float32Array {
+  attendSync<Out extends TensorOutput = Float32Array>(
+    layer: number,
+    q: TensorInput,
+    options: AttendOptions<Out> = {},
+  ): Out {
     throwIfAborted(options.signal);
-    const item = this.attendItem(layer, q, options);
+    const { item, out } = this.attendItem(q, options);
     void this.cache.life.use().attendBatch(true, undefined, layer, [item], options.causal ?? true);
-    return item.out;
+    return out as Out;
   }
 
   /** A copy that shares pages until one side writes. */
@@ -123,8 +138,11 @@ export class Sequence extends Owned<NativeSequence> {
     options: AppendOptions = {},
   ): Promise<void> {
     const input = this.oneToken(k, v, options);
-    await abortable(options.signal, (flag) =>
-      this.life.use().replace(false, flag, layer, position, input.k, input.v, input.dtype),
+    await keep(
+      abortable(options.signal, (flag) =>
+        this.life.use().replace(false, flag, layer, position, input.k, input.v, input.dtype),
+      ),
+      [k, v],
     );
   }
 
@@ -221,26 +239,32 @@ export class Sequence extends Owned<NativeSequence> {
   }
 
   /** @internal */
-  attendItem(layer: number, q: TensorInput, options: AttendOptions): NativeAttendItem {
+  attendItem(
+    q: TensorInput,
+    options: AttendOptions,
+  ): { item: NativeAttendItem; out: TensorOutput; uses: readonly unknown[] } {
     const { queryHeads, headDim } = this.cache.shape;
-    const checked = checkTensor(q, queryHeads * headDim, 'q', '[qTokens, queryHeads, headDim]', options);
+    const row = queryHeads * headDim;
+    const checked = checkInput(q, row, 'q', '[qTokens, queryHeads, headDim]', options);
     const rows = checked.tokens * queryHeads;
     const sequence = this.life.use();
-    return {
+    const out = options.out ?? new Float32Array(rows * headDim);
+    const item = {
       sequence,
       q: checked.data,
       dtype: checked.dtype,
-      out: options.out ? checkOutput(options.out, rows * headDim, 'out') : new Float32Array(rows * headDim),
-      lse: options.lse && checkOutput(options.lse, rows, 'lse'),
+      out: checkTarget(out, rows * headDim, row, 'out'),
+      lse: options.lse && checkTarget(options.lse, rows, queryHeads, 'lse'),
       // Its length is checked when the call runs: appends may be queued before it.
       logits: options.logits && checkOutput(options.logits, options.logits.length, 'logits'),
     };
+    return { item, out, uses: [q, out, options.lse] };
   }
 
   private keysAndValues(k: TensorInput, v: TensorInput, options: DtypeOptions) {
     const { kvHeads, headDim } = this.cache.shape;
-    const keys = checkTensor(k, kvHeads * headDim, 'k', '[tokens, kvHeads, headDim]', options);
-    const values = checkTensor(v, kvHeads * headDim, 'v', '[tokens, kvHeads, headDim]', options);
+    const keys = checkInput(k, kvHeads * headDim, 'k', '[tokens, kvHeads, headDim]', options);
+    const values = checkInput(v, kvHeads * headDim, 'v', '[tokens, kvHeads, headDim]', options);
     if (keys.tokens !== values.tokens)
       throw invalid(`k holds ${keys.tokens} tokens and v ${values.tokens}; they must be equal.`);
     if (keys.dtype !== values.dtype) throw invalid('k and v must have the same dtype.');

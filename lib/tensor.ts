@@ -1,5 +1,5 @@
 /** Checks of typed arrays before they cross to native code. */
-import { type NativeDtype, type NativeInput } from './binding';
+import { type NativeArray, type NativeDtype } from './binding';
 import { invalid } from './errors';
 
 /** What a 16-bit array holds. Ignored for float32. */
@@ -8,16 +8,16 @@ export interface DtypeOptions {
 }
 
 /** Float32Array, Uint16Array with the bits of binary16 (or bfloat16, see `dtype`), or Float16Array where it exists. */
-export type TensorInput = Float32Array | Uint16Array | ArrayBufferView;
+export type ArrayInput = Float32Array | Uint16Array | ArrayBufferView;
 
 export interface CheckedTensor {
-  readonly data: NativeInput;
+  readonly data: NativeArray;
   readonly dtype: NativeDtype;
 }
 
 /** `row` numbers make one token; returns the tensor and its number of tokens. `name` and `shape` are for the message. */
 export function checkTensor(
-  value: TensorInput,
+  value: ArrayInput,
   row: number,
   name: string,
   shape: string,
@@ -43,6 +43,19 @@ export function checkOutput(value: unknown, length: number, name: string): Float
       expected: length,
     });
   return value as Float32Array;
+}
+
+/** Exactly `length` numbers that `dtype` names. */
+export function checkArray(value: unknown, length: number, dtype: NativeDtype, name: string): NativeArray {
+  const { data, dtype: found } = asTensor(value, name, dtype === 'bf16' ? 'bf16' : 'f16');
+  if (found !== dtype)
+    throw invalid(`${name} must be a ${dtype === 'f32' ? 'Float32Array' : `Uint16Array of ${dtype} bits`}.`);
+  if (data.length !== length)
+    throw invalid(`${name} has ${data.length} numbers; it needs ${length}.`, {
+      tensor: name,
+      expected: length,
+    });
+  return data;
 }
 
 /** An integer in [low, high]. */

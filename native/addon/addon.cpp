@@ -12,6 +12,7 @@
 #include "instance.h"
 #include "model_object.h"
 #include "sequence_object.h"
+#include "tensor_object.h"
 #include "transfer_objects.h"
 
 namespace innerkv {
@@ -50,6 +51,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   define("Reader", &Instance::reader, ReaderObject::define(env));
   define("Model", &Instance::model, ModelObject::define(env));
   define("Moments", &Instance::moments, MomentsObject::define(env));
+  define("Tensor", &Instance::tensor, TensorObject::define(env));
   exports.Set("setErrorFactory", Napi::Function::New(env, set_error_factory));
   exports.Set("supportedSpecs", Napi::Function::New(env, supported_specs));
   exports.Set("estimate", Napi::Function::New(env, estimate_cache));

@@ -1,11 +1,13 @@
 #include "backend_object.h"
 
+#include <optional>
 #include <utility>
 
 #include "../cuda/probe.h"
 #include "config_reader.h"
 #include "failure.h"
 #include "instance.h"
+#include "tensor_object.h"
 #include "tensors.h"
 
 namespace innerkv {
@@ -16,7 +18,8 @@ Napi::Function BackendObject::define(Napi::Env env) {
       {InstanceMethod<&BackendObject::info>("info"), InstanceMethod<&BackendObject::pending>("pending"),
        InstanceMethod<&BackendObject::drain>("drain"),
        InstanceMethod<&BackendObject::attend_dense>("attendDense"),
-       InstanceMethod<&BackendObject::dispose>("dispose")});
+       InstanceMethod<&BackendObject::tensor>("tensor"), InstanceMethod<&BackendObject::borrow>("borrow"),
+       InstanceMethod<&BackendObject::import>("import"), InstanceMethod<&BackendObject::dispose>("dispose")});
 }
 
 BackendObject::BackendObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<BackendObject>(info) {
@@ -26,8 +29,15 @@ BackendObject::BackendObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
     const int threads = to_int(info[0], "threads"), queue_limit = to_int(info[2], "queueLimit");
     if (threads < 1 || threads > 1024) refuse("threads must lie between 1 and 1024.");
     if (queue_limit < 1) refuse("queueLimit must be positive.");
-    runtime_ =
-        Runtime::create(info.Env(), device == "cuda", threads, info[1].ToString().Utf8Value(), queue_limit);
+    std::optional<std::uint64_t> stream;
+    if (!info[4].IsUndefined()) {
+      bool lossless = false;
+      if (device != "cuda" || !info[4].IsBigInt()) refuse("stream must be a bigint, for a GPU.");
+      stream = info[4].As<Napi::BigInt>().Uint64Value(&lossless);
+      if (!lossless) refuse("stream must lie between 0 and 2^64 - 1.");
+    }
+    runtime_ = Runtime::create(info.Env(), device == "cuda", stream, threads, info[1].ToString().Utf8Value(),
+                               queue_limit);
   });
 }
 
@@ -73,6 +83,18 @@ Napi::Value BackendObject::drain(const Napi::CallbackInfo& info) {
 
 void BackendObject::dispose(const Napi::CallbackInfo&) {
   if (runtime_) std::exchange(runtime_, nullptr)->request_close();
+}
+
+Napi::Value BackendObject::tensor(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return TensorObject::create(info, runtime()); });
+}
+
+Napi::Value BackendObject::borrow(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return TensorObject::borrow(info, runtime()); });
+}
+
+Napi::Value BackendObject::import(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] { return TensorObject::import(info, runtime()); });
 }
 
 namespace {

@@ -12,7 +12,7 @@ namespace innerkv {
 class BackendObject : public Napi::ObjectWrap<BackendObject> {
  public:
   static Napi::Function define(Napi::Env env);
-  /// (threads, isa or '', queueLimit)
+  /// (threads, isa or '', queueLimit, device, stream: bigint or undefined)
   explicit BackendObject(const Napi::CallbackInfo& info);
   ~BackendObject() override;
 
@@ -24,6 +24,9 @@ class BackendObject : public Napi::ObjectWrap<BackendObject> {
   Napi::Value pending(const Napi::CallbackInfo& info);
   Napi::Value drain(const Napi::CallbackInfo& info);
   Napi::Value attend_dense(const Napi::CallbackInfo& info);
+  Napi::Value tensor(const Napi::CallbackInfo& info);
+  Napi::Value borrow(const Napi::CallbackInfo& info);
+  Napi::Value import(const Napi::CallbackInfo& info);
   void dispose(const Napi::CallbackInfo& info);
   std::shared_ptr<Runtime> runtime() const;
 

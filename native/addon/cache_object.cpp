@@ -7,7 +7,7 @@
 #include "config_reader.h"
 #include "failure.h"
 #include "sequence_object.h"
-#include "tensors.h"
+#include "tensor_object.h"
 #include "transfer_objects.h"
 
 namespace innerkv {
@@ -79,6 +79,12 @@ struct AttendItem {
   int q_tokens = 0;
   std::string name;  // "" or " of item 3"
   Output out, lse, logits;
+  std::shared_ptr<TensorHandle> device_q, device_out, device_lse;
+
+  TensorView queries() const { return device_q ? device_q->view() : TensorView(q.data); }
+  static Target target(const std::shared_ptr<TensorHandle>& device, const Output& output) {
+    return device ? Target::device(reinterpret_cast<float*>(device->memory)) : Target(output.data());
+  }
 };
 
 struct AttendCall {
@@ -100,8 +106,8 @@ struct AttendCall {
                " numbers; [queryTokens, queryHeads, tokens] = [" + std::to_string(item.q_tokens) + ", " +
                std::to_string(heads) + ", " + std::to_string(tokens) + "] needs " +
                std::to_string(rows * tokens) + ".");
-      batch.push_back({item.sequence->core.get(), item.q.data, item.out.data(), item.lse.data(),
-                       item.logits.data(), item.q_tokens});
+      batch.push_back({item.sequence->core.get(), item.queries(), item.target(item.device_out, item.out),
+                       item.target(item.device_lse, item.lse), item.logits.data(), item.q_tokens});
     }
     if (!innerkv::attend_batch(*cache->core, layer, batch, causal, aborted.get())) {
       throw Error(ErrorCode::kAborted, "The call was aborted.");
@@ -116,22 +122,39 @@ struct AttendCall {
   }
 };
 
-AttendItem read_item(const Napi::Value& value, const Runtime& runtime, const CacheConfig& config, bool sync,
-                     std::string name) {
+/// A tensor for results, or null when an array is given.
+std::shared_ptr<TensorHandle> read_target(const Napi::Value& value, const std::shared_ptr<Runtime>& runtime,
+                                          std::size_t count, const std::string& name) {
+  auto tensor = TensorObject::read(value, runtime, name);
+  if (tensor && tensor->dtype != Dtype::kF32) refuse(name + " must be float32.");
+  if (tensor && tensor->count != count)
+    refuse(name + " holds " + std::to_string(tensor->count) + " numbers instead of " + std::to_string(count) +
+           ".");
+  return tensor;
+}
+
+AttendItem read_item(const Napi::Value& value, const std::shared_ptr<Runtime>& runtime,
+                     const CacheConfig& config, bool sync, std::string name) {
   const Fields fields(value, "item of attendBatch");
   AttendItem item;
   item.name = std::move(name);
   item.sequence = SequenceObject::handle_of(fields.get("sequence"));
-  const Tensor q = read_tensor(fields.get("q"), fields.get("dtype"));
+  const Input q(fields.get("q"), fields.get("dtype"), runtime, "q" + item.name);
   const std::size_t row =
       static_cast<std::size_t>(config.query_heads) * static_cast<std::size_t>(config.head_dim);
-  if (q.count == 0 || q.count % row != 0 || q.count / row > 0x3fffffff) refuse("q has the wrong length.");
-  item.q_tokens = static_cast<int>(q.count / row);
-  item.q = to_floats(runtime.kernels(), q, {"q" + item.name, config.query_heads, config.head_dim}, sync);
-  item.out = Output(fields.get("out"), q.count, sync, "out" + item.name);
-  if (fields.has("lse"))
-    item.lse = Output(fields.get("lse"), q.count / static_cast<std::size_t>(config.head_dim), sync,
-                      "lse" + item.name);
+  if (q.count() == 0 || q.count() % row != 0 || q.count() / row > 0x3fffffff)
+    refuse("q has the wrong length.");
+  item.q_tokens = static_cast<int>(q.count() / row);
+  item.device_q = q.device;
+  if (!q.device)
+    item.q =
+        to_floats(runtime->kernels(), q.array, {"q" + item.name, config.query_heads, config.head_dim}, sync);
+  const Napi::Value out = fields.get("out"), lse = fields.get("lse");
+  item.device_out = read_target(out, runtime, q.count(), "out" + item.name);
+  if (!item.device_out) item.out = Output(out, q.count(), sync, "out" + item.name);
+  const std::size_t rows = q.count() / static_cast<std::size_t>(config.head_dim);
+  item.device_lse = read_target(lse, runtime, rows, "lse" + item.name);
+  if (!item.device_lse && fields.has("lse")) item.lse = Output(lse, rows, sync, "lse" + item.name);
   if (fields.has("logits")) {
     const Napi::Value logits = fields.get("logits");
     if (!logits.IsTypedArray()) refuse("logits must be a Float32Array.");
@@ -145,7 +168,7 @@ AttendItem read_item(const Napi::Value& value, const Runtime& runtime, const Cac
 /// (sync, abort, layer, items, causal)
 Napi::Value CacheObject::attend_batch(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
-    const CallMode mode = read_mode(info);
+    CallMode mode = read_mode(info);
     const auto call = std::make_shared<AttendCall>();
     call->cache = handle();
     call->aborted = mode.aborted;
@@ -155,8 +178,16 @@ Napi::Value CacheObject::attend_batch(const Napi::CallbackInfo& info) {
     const Napi::Array items = info[3].As<Napi::Array>();
     const std::uint32_t count = items.Length();
     for (std::uint32_t i = 0; i < count; ++i)
-      call->items.push_back(read_item(items.Get(i), *handle()->runtime, handle()->core->config(), mode.sync,
+      call->items.push_back(read_item(items.Get(i), handle()->runtime, handle()->core->config(), mode.sync,
                                       count > 1 ? " of item " + std::to_string(i) : ""));
+    TouchedMemory touched;
+    for (const AttendItem& item : call->items) {
+      touched.reads(item.device_q.get(), "q" + item.name);
+      touched.writes(item.device_out.get(), "out" + item.name);
+      touched.writes(item.device_lse.get(), "lse" + item.name);
+      mode.device |= item.device_q || item.device_out || item.device_lse;
+    }
+    touched.check();
     return dispatch(
         info.Env(), mode, handle(), [call] { call->run(); },
         [call](Napi::Env env) {

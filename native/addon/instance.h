@@ -7,8 +7,8 @@ namespace innerkv {
 
 struct Instance {
   Napi::FunctionReference make_error;  // (code, message, details) => KvError
-  Napi::FunctionReference backend, cache, sequence, writer, reader, abort_flag, model,
-      moments;  // constructors
+  Napi::FunctionReference backend, cache, sequence, writer, reader, abort_flag, model, moments,
+      tensor;  // constructors
 
   static Instance& of(Napi::Env env) { return *env.GetInstanceData<Instance>(); }
 };

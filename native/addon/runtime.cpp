@@ -20,16 +20,17 @@ void check_abort(const AbortFlag* aborted) {
 
 class Runtime::Call final : public Job {
  public:
-  Call(std::shared_ptr<AbortFlag> aborted, Run run, Finish finish)
-      : aborted_(std::move(aborted)), run_(std::move(run)), finish_(std::move(finish)) {}
+  /// `device`: the backend whose memory, held by the caller, the call touches; or null.
+  Call(std::shared_ptr<AbortFlag> aborted, Backend* device, Run run, Finish finish)
+      : aborted_(std::move(aborted)), device_(device), run_(std::move(run)), finish_(std::move(finish)) {}
 
   void execute() noexcept override {
-    try {
+    attempt([this] {
       check_abort(aborted_.get());
+      if (device_) device_->follow_caller();
       run_();
-    } catch (...) {
-      failure_ = std::current_exception();
-    }
+    });
+    if (device_) attempt([this] { device_->settle(); });  // after a failure too: kernels may be under way
   }
 
   Napi::Value result(Napi::Env env) {
@@ -62,7 +63,18 @@ class Runtime::Call final : public Job {
   }
 
  private:
+  /// The first failure counts.
+  template <class Body>
+  void attempt(Body&& body) noexcept {
+    try {
+      body();
+    } catch (...) {
+      if (!failure_) failure_ = std::current_exception();
+    }
+  }
+
   std::shared_ptr<AbortFlag> aborted_;
+  Backend* device_;  // the runtime outlives the call
   Run run_;
   Finish finish_;
   std::exception_ptr failure_;
@@ -71,27 +83,28 @@ class Runtime::Call final : public Job {
 };
 
 namespace {
-std::shared_ptr<Backend> cuda_backend() {
+std::shared_ptr<Backend> cuda_backend([[maybe_unused]] std::optional<std::uint64_t> stream) {
 #ifdef INNERKV_HAS_CUDA
-  return make_cuda_backend();
+  return make_cuda_backend(stream);
 #else
   throw Error(ErrorCode::kUnsupported, "This build has no CUDA code.");
 #endif
 }
 }  // namespace
 
-Runtime::Runtime(Napi::Env env, bool cuda, int threads, const std::string& isa, int queue_limit)
+Runtime::Runtime(Napi::Env env, bool cuda, std::optional<std::uint64_t> stream, int threads,
+                 const std::string& isa, int queue_limit)
     : env_(env),
       cpu_(std::make_shared<CpuBackend>(threads, isa.empty() ? nullptr : isa.c_str())),
-      backend_(cuda ? cuda_backend() : cpu_),
+      backend_(cuda ? cuda_backend(stream) : cpu_),
       queue_limit_(queue_limit),
       executor_([](void* self) { static_cast<Runtime*>(self)->notify(); }, this) {}
 
 Runtime::~Runtime() { close(); }
 
-std::shared_ptr<Runtime> Runtime::create(Napi::Env env, bool cuda, int threads, const std::string& isa,
-                                         int queue_limit) {
-  const std::shared_ptr<Runtime> runtime(new Runtime(env, cuda, threads, isa, queue_limit));
+std::shared_ptr<Runtime> Runtime::create(Napi::Env env, bool cuda, std::optional<std::uint64_t> stream,
+                                         int threads, const std::string& isa, int queue_limit) {
+  const std::shared_ptr<Runtime> runtime(new Runtime(env, cuda, stream, threads, isa, queue_limit));
   runtime->connect();
   return runtime;
 }
@@ -110,7 +123,7 @@ void Runtime::connect() {
 Napi::Value Runtime::dispatch(Napi::Env env, const CallMode& mode, Run run, Finish finish) {
   if (closing_) throw Error(ErrorCode::kDisposed, "The backend was disposed.");
   if (mode.sync) {
-    Call call(mode.aborted, std::move(run), std::move(finish));
+    Call call(mode.aborted, mode.device ? backend_.get() : nullptr, std::move(run), std::move(finish));
     executor_.run(call);
     return call.result(env);
   }
@@ -119,7 +132,8 @@ Napi::Value Runtime::dispatch(Napi::Env env, const CallMode& mode, Run run, Fini
                    "The backend's queue is full: " + std::to_string(pending_) +
                        " calls wait. Await earlier calls, or raise queueLimit.",
                    {{"queueLimit", static_cast<double>(queue_limit_)}}});
-  auto call = std::make_shared<Call>(mode.aborted, std::move(run), std::move(finish));
+  auto call = std::make_shared<Call>(mode.aborted, mode.device ? backend_.get() : nullptr, std::move(run),
+                                     std::move(finish));
   const Napi::Promise promise = call->promise(env, shared_from_this());
   executor_.submit(std::move(call));
   if (pending_++ == 0) napi_ref_threadsafe_function(env_, channel_);

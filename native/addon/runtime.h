@@ -7,6 +7,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "../cpu/cpu_backend.h"
@@ -20,6 +21,7 @@ using AbortFlag = std::atomic<bool>;
 struct CallMode {
   bool sync = false;                   // the caller waits; otherwise the result is a promise
   std::shared_ptr<AbortFlag> aborted;  // may be null
+  bool device = false;                 // it reads or writes memory of the backend that the caller holds
 };
 
 /// Reads (sync, abort flag or undefined) from the first two arguments of a callback.
@@ -34,9 +36,9 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
   using Finish =
       std::function<Napi::Value(Napi::Env)>;  // on the JavaScript thread, after a run that did not fail
 
-  /// `cuda`: caches live on the first GPU; otherwise on the CPU.
-  static std::shared_ptr<Runtime> create(Napi::Env env, bool cuda, int threads, const std::string& isa,
-                                         int queue_limit);
+  /// `cuda`: caches live on the first GPU, otherwise on the CPU. `stream`: of the caller's, see Backend.
+  static std::shared_ptr<Runtime> create(Napi::Env env, bool cuda, std::optional<std::uint64_t> stream,
+                                         int threads, const std::string& isa, int queue_limit);
   ~Runtime();
 
   /// Where caches live.
@@ -56,7 +58,8 @@ class Runtime : public std::enable_shared_from_this<Runtime> {
 
  private:
   class Call;
-  Runtime(Napi::Env env, bool cuda, int threads, const std::string& isa, int queue_limit);
+  Runtime(Napi::Env env, bool cuda, std::optional<std::uint64_t> stream, int threads, const std::string& isa,
+          int queue_limit);
   void connect();
   void notify() noexcept;
   void deliver(Napi::Env env);

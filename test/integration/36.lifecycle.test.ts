@@ -171,6 +171,52 @@ describe('processes of their own', () => {
     expect(script(code, ['--expose-gc'])).toEqual({ status: 0, stdout: 'children 1\n', stderr: '' });
   });
 
+  test('forgotten tensors are freed; the owner of borrowed memory lives as long as the tensor and its calls', () => {
+    const code = `${SETUP}
+      const { DeviceTensor } = require('./lib');
+      let collected = 0;
+      const registry = new FinalizationRegistry(() => collected++);
+      const own = backend.tensorSync([1 << 20], 'f32');
+      const sequence = make().sequence();
+      const many = new Float32Array(64 * 8000);
+      sequence.appendSync(0, many, many);
+      const borrow = () => {
+        const owner = { memory: own };
+        registry.register(owner, 0);
+        return DeviceTensor.borrow(backend, { pointer: own.pointer, shape: [1024, 64], dtype: 'f32', owner });
+      };
+      (function forgetful() { for (let i = 0; i < 50; i++) backend.tensorSync([1 << 20], 'f32'); })();
+      const collect = async () => { for (let i = 0; i < 10; i++) { global.gc(); await new Promise((done) => setTimeout(done, 5)); } };
+      process.on('warning', (w) => console.log(/A tensor was collected without dispose.*created here/s.test(w.message)));
+      (async () => {
+        await collect();
+        console.log('children', backend.life.childCount);
+        let held = borrow();
+        await collect();
+        console.log('held', collected);
+        const before = sequence.attend(0, many); // keeps the queue busy
+        const call = sequence.append(0, held, held);
+        held.dispose();
+        held = undefined;
+        let [rounds, lost] = [0, 0];
+        for (; rounds < 5; rounds++) {
+          global.gc();
+          await new Promise((done) => setTimeout(done, 5));
+          if (backend.pending < 2) break;
+          lost = collected;
+        }
+        console.log('under way', lost, rounds > 0);
+        await Promise.all([before, call]);
+        await collect();
+        console.log('gone', collected);
+      })();`;
+    const { status, stdout } = script(code, ['--expose-gc'], { INNERKV_DEBUG_LEAKS: '1' });
+    expect({ status, stdout }).toEqual({
+      status: 0,
+      stdout: 'true\nchildren 2\nheld 0\nunder way 0 true\ngone 1\n',
+    });
+  });
+
   test('promises do not need the thread pool of libuv', () => {
     // pbkdf2 holds the only thread; crypto is done long after, so the order says who waited for whom.
     const { status, stdout } = script(
@@ -207,9 +253,11 @@ describe('processes of their own', () => {
       const x = new Float32Array(64 * 2000).fill(workerData);
       sequence.appendSync(0, x, x);
       (async () => {
-        const out = await sequence.attend(0, new Float32Array(64).fill(1));
+        const q = await backend.tensor([64], 'f32', { data: new Float32Array(64).fill(1) });
+        const out = await sequence.attend(0, q);
         parentPort.postMessage(out, [out.buffer]);
-        for (;;) await sequence.attend(0, x);
+        const [many, results] = [await backend.tensor([2000, 64], 'f32', { data: x }), await backend.tensor([2000, 64], 'f32')];
+        for (;;) await sequence.attend(0, many, { out: results });
       })();`;
     const { status, stdout, stderr } = script(`
       const { Worker } = require('worker_threads');

@@ -36,6 +36,7 @@ test('the examples of docs/api.md run, and print what they say', async () => {
     '300 32 172',
     '512 1024',
     expect.stringMatching(/^ERR_INNERKV_INVALID_ARGUMENT /),
+    '8,128 2048',
     '256',
   ]);
 });
