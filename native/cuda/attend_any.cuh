@@ -1,17 +1,15 @@
-// Attention for every format: the path that reads windows, 16-bit pages, outlying formats and last pages. One
-// multiplication per code and query row on ordinary cores; attend_mma.cuh is the fast path of the common
-// formats.
+// Attention for every format: the path that reads windows, 16-bit pages and what routes.h does not list. One
+// multiplication per code and query row on ordinary cores.
 //
-// Shape      one block of 128 threads per task: up to kRows query rows of one KV head against a run of
-// 128-token
-//            tiles (and, in the first run, the sink).
-// Reads      pages, windows, queries; every page byte once per task.
-// Writes     the task's softmax state: maximum (base 2), sum, output in the stored and in the raw basis;
-// logits. Sharing    scores, prepared queries and scales of a tile lie in shared memory; thread = slot, then
-// thread =
-//            channel.
-// Order      tiles ascending; a state does not depend on other tasks or on the number of multiprocessors.
-// Limits     head_dim <= 256; rows <= kRows.
+// - Shape: a block of 128 threads per task, up to kRows query rows of one KV head against a run of tiles of
+//   128 tokens; the task of raw values also does the sink.
+// - Reads: pages, windows, queries; every page byte once per task.
+// - Writes: the task's softmax state (maximum in base 2, sum), unnormalised output; logits.
+// - Exchange: scores, prepared queries and scales of a tile lie in shared memory; thread = slot, then thread
+// =
+//   channel.
+// - Order: tiles ascending; a state does not depend on other tasks or on the number of multiprocessors.
+// - Limits: head_dim <= 256; rows <= kRows.
 #pragma once
 
 #include "tile.cuh"

@@ -1,15 +1,14 @@
 // merge: the last step of attention split over tokens.
 //
-// Maths      M = max m_s, w_s = 2^(m_s - M), out = (H sum_rotated w_s a_s + sum_raw w_s a_s) / sum w_s l_s,
-//            lse = (M + log2 sum w_s l_s) ln 2; H is the orthonormal Hadamard matrix of docs/format.md 5.4.
-// Work       One row by kWarps warps of a block (1 or 4): a warp takes every kWarps-th split, warp 0 joins
-// and writes. Lanes      Lane l holds channels kVector (l + 32 j) + v: loads of 4 kVector bytes side by side,
-// and a butterfly of
-//            stride h is inside a register pair (h < kVector or h >= 32 kVector) or one shuffle.
-// Memory     Reads splits * rows * (4 D + 8) bytes once, writes rows * (4 D + 4). Splits whose sum is 0 are
-// not read. Precision  float32; the butterflies are those of numerics/hadamard.h in the same order. 2^x is
-// ex2.approx. Limits     A warp's lanes share every branch; kWarps > 1 has one barrier, which all threads
-// reach.
+// - Maths: M = max m_s, w_s = 2^(m_s - M), out = (H sum_rotated w_s a_s + sum_raw w_s a_s) / sum w_s l_s,
+//   lse = (M + log2 sum w_s l_s) ln 2; H is the orthonormal Hadamard matrix of docs/format.md 5.4.
+// - Shape: one row by kWarps warps of a block (1 or 4); a warp takes every kWarps-th split, warp 0 joins and
+//   writes. Lane l holds channels kVector (l + 32 j) + v: loads of 4 kVector bytes side by side, and a
+//   butterfly of stride h is inside a register pair (h < kVector or h >= 32 kVector) or one shuffle.
+// - Reads: splits * rows * (4 D + 8) bytes once; splits whose sum is 0 are not read.
+// - Writes: rows * (4 D + 4) bytes.
+// - Order: float32; the butterflies are those of numerics/hadamard.h in the same order. 2^x is ex2.approx.
+// - Limits: a warp's lanes share every branch; kWarps > 1 has one barrier, which all threads reach.
 #pragma once
 
 #include "../numerics/hadamard.h"

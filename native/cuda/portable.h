@@ -3,15 +3,15 @@
 // waits, wrong masks and foreign memory.
 //
 // Rules, so that both compilers and every GPU agree:
-//  - Kernels include this header and ptx.h only; inline PTX lives in ptx.h, triple chevrons here.
-//  - Static shared memory by INNERKV_SHARED at function scope, dynamic by dynamic_shared(); nothing mutable
-//  is global.
-//  - A barrier has one call site that every thread of the block reaches; a kernel is left by whole warps,
-//  after its
-//    last barrier. Masks are full unless the others provably wait elsewhere; no __activemask().
-//  - Lanes that hand data over through memory call __syncwarp(); a shuffle orders no memory.
-//  - Between blocks only atomics, with __threadfence() on both sides; no waiting for another block.
-//  - Vector loads through types of their true alignment (uint4, float4); no branches on __CUDA_ARCH__.
+// - Kernels include this header and ptx.h only; inline PTX lives in ptx.h, triple chevrons here.
+// - Static shared memory by INNERKV_SHARED at function scope, dynamic by dynamic_shared(); nothing mutable is
+//   global.
+// - A barrier has one call site that every thread of the block reaches; a kernel is left by whole warps,
+// after
+//   its last barrier. Masks are full unless the others provably wait elsewhere; no __activemask().
+// - Lanes that hand data over through memory call __syncwarp(); a shuffle orders no memory.
+// - Between blocks only atomics, with __threadfence() on both sides; no waiting for another block.
+// - Vector loads through types of their true alignment (uint4, float4); no branches on __CUDA_ARCH__.
 #pragma once
 
 #include <cstddef>

@@ -1,13 +1,12 @@
 // Tokens into pages: every stored bit as docs/format.md sections 3 to 6 have it.
 //
-// Shape      jobs (pages) x tokens of one head; a warp per token, a block per token with feedback, a block
-// per 32
-//            tokens for tokens32 values.
-// Reads      tokens from windows and new rows (binary16), basis, clip ratios.
-// Writes     codes, scales, zero points of the job's slots; nothing else of the page.
-// Sharing    keys of several tokens share words (atomics on their own bits); a value's bytes are its own.
-// Order      sum32 everywhere; compaction of zero points runs in a second launch, in slot order.
-// Limits     head_dim <= 256, at most 8 clip ratios.
+// - Shape: jobs (pages) x tokens of one head; a warp per token, a block per token with feedback, a block per
+//   32 tokens for tokens32 values.
+// - Reads: tokens from windows and new rows (binary16), basis, clip ratios.
+// - Writes: codes, scales, zero points of the job's slots; nothing else of the page.
+// - Exchange: keys of several tokens share words (atomics on their own bits); a value's bytes are its own.
+// - Order: sum32 everywhere; compaction of zero points runs in a second launch, in slot order.
+// - Limits: head_dim <= 256, at most 8 clip ratios.
 #pragma once
 
 #include "args.h"
