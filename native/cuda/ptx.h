@@ -64,6 +64,21 @@ INNERKV_HD std::int32_t dp4a(std::uint32_t a, std::uint32_t b, std::int32_t c) {
 #endif
 }
 
+/// The two binary16 numbers of a word as float32, exactly; a NaN stays one. The low half first.
+INNERKV_HD float2 floats_of(std::uint32_t halves) {
+  float2 to;
+#if defined(__CUDA_ARCH__)
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(to.x), "=f"(to.y)
+      : "r"(halves));
+#else
+  to.x = half_value(static_cast<std::uint16_t>(halves));
+  to.y = half_value(static_cast<std::uint16_t>(halves >> 16));
+#endif
+  return to;
+}
+INNERKV_HD float float_of(std::uint16_t half) { return floats_of(half).x; }
+
 /// 2^x with a relative error of at most 2^-22; subnormal arguments and results are zero.
 INNERKV_HD float ex2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -72,6 +87,17 @@ INNERKV_HD float ex2(float x) {
   return y;
 #else
   return emulation::ex2(x);
+#endif
+}
+
+/// 1 / x with a relative error of at most 2^-23, for normal x with a normal reciprocal.
+INNERKV_HD float rcp(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
 #endif
 }
 

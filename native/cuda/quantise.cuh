@@ -10,6 +10,7 @@
 #pragma once
 
 #include "args.h"
+#include "ptx.h"
 #include "warp.cuh"
 
 namespace innerkv::gpu {
@@ -17,7 +18,7 @@ namespace innerkv::gpu {
 inline constexpr int kQuantiseWarps = 4;
 
 INNERKV_DEVICE void load_halves(int lane, const std::uint16_t* from, float* x, int count) {
-  for (int i = lane; i < count; i += 32) x[i] = half_value(from[i]);
+  for (int i = lane; i < count; i += 32) x[i] = ptx::float_of(from[i]);
 }
 
 INNERKV_DEVICE void warp_transform_key(int lane, const QuantiseRule& rule, const QuantiseArgs& job,

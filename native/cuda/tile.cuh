@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attend.cuh"
+#include "ptx.h"
 
 namespace innerkv::gpu {
 
@@ -25,7 +26,7 @@ struct RawRows {
   bool float32;
   INNERKV_DEVICE float at(std::ptrdiff_t i) const {
     return float32 ? static_cast<const float*>(rows)[i]
-                   : half_value(static_cast<const std::uint16_t*>(rows)[i]);
+                   : ptx::float_of(static_cast<const std::uint16_t*>(rows)[i]);
   }
 };
 

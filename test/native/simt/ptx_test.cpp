@@ -132,7 +132,7 @@ TEST("ldmatrix hands lane l elements 2(l%4) and the next of row l/4, or of colum
     }
 }
 
-TEST("lop3, prmt, dp4a and ex2 are the manual's examples") {
+TEST("lop3, prmt, dp4a, ex2, conversions and rcp are the manual's examples") {
   CHECK(ptx::lop3<0xf0>(1, 2, 4) == 1 && ptx::lop3<0xcc>(1, 2, 4) == 2 && ptx::lop3<0xaa>(1, 2, 4) == 4);
   CHECK((ptx::lop3<0xea>(0xff00ff00u, 0x0ff00ff0u, 0x64006400u) ==
          ((0xff00ff00u & 0x0ff00ff0u) | 0x64006400u)));
@@ -141,6 +141,8 @@ TEST("lop3, prmt, dp4a and ex2 are the manual's examples") {
   CHECK(ptx::prmt(0x80u, 0x7f00u, 0xd888u) == 0x00ffffffu);  // sign of byte 5, then three times of byte 0
   CHECK((ptx::dp4a<std::int8_t, std::int8_t>(0xff01ff01u, 0x7f7f7f7fu, 5) == 5));
   CHECK((ptx::dp4a<std::uint8_t, std::int8_t>(0xffffffffu, 0x80808080u, 0) == -4 * 255 * 128));
+  CHECK(ptx::floats_of(0xc0003c00u).x == 1.0f && ptx::floats_of(0xc0003c00u).y == -2.0f);
+  CHECK(ptx::float_of(1) == 0x1p-24f && ptx::rcp(4.0f) == 0.25f);
   CHECK(ptx::ex2(-INFINITY) == 0.0f && ptx::ex2(0.0f) == 1.0f && ptx::ex2(-127.0f) == 0.0f);
 }
 

@@ -109,6 +109,48 @@ struct Ex2 {
   }
 };
 
+/// Every binary16 number, two a word; the bits of a NaN are the machine's.
+struct FloatsOf {
+  static constexpr const char* kName = "cvt.f32.f16";
+  static constexpr int kIn = 1, kOut = 2;
+  static INNERKV_DEVICE void run(const Word* in, Word* out) {
+    const float2 two = ptx::floats_of(in[0]);
+    out[0] = __builtin_bit_cast(Word, two.x);
+    out[1] = __builtin_bit_cast(Word, two.y);
+  }
+  static bool agrees(const Ins<FloatsOf>& in, const Outs<FloatsOf>& out) {
+    for (std::size_t lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 2; ++i) {
+        const float expected = half_value(static_cast<std::uint16_t>(in[lane][0] >> (16 * i)));
+        const float got = __builtin_bit_cast(float, out[lane][static_cast<std::size_t>(i)]);
+        if (std::isnan(expected) ? !std::isnan(got)
+                                 : __builtin_bit_cast(Word, got) != __builtin_bit_cast(Word, expected))
+          return false;
+      }
+    return true;
+  }
+};
+
+/// Arguments in [2^-100, 2^100), where rcp.approx promises 2^-23.
+struct Rcp {
+  static constexpr const char* kName = "rcp.approx";
+  static constexpr int kIn = 1, kOut = 1;
+  static INNERKV_HD float argument(Word bits) {
+    return __builtin_bit_cast(float, (27 + (bits >> 23) % 200) << 23 | (bits & 0x7fffffu));
+  }
+  static INNERKV_DEVICE void run(const Word* in, Word* out) {
+    out[0] = __builtin_bit_cast(Word, ptx::rcp(argument(in[0])));
+  }
+  static bool agrees(const Ins<Rcp>& in, const Outs<Rcp>& out) {
+    for (std::size_t lane = 0; lane < 32; ++lane) {
+      const double exact = 1 / static_cast<double>(argument(in[lane][0]));
+      const double got = static_cast<double>(__builtin_bit_cast(float, out[lane][0]));
+      if (!(std::fabs(got - exact) <= exact * 0x1p-23)) return false;
+    }
+    return true;
+  }
+};
+
 // ---- memory ----
 
 struct Streaming {
@@ -300,10 +342,10 @@ void run_all(std::uint64_t seed, F f) {
   using S = std::int8_t;
   using U = std::uint8_t;
   const auto each = [&]<class... Op>(std::tuple<Op...>*) { (f(Op::kName, disagreements<Op>(seed)), ...); };
-  using All = std::tuple<Lop3, Prmt, Dp4a<S, S>, Dp4a<S, U>, Dp4a<U, S>, Dp4a<U, U>, Ex2, Streaming, CpAsync,
-                         LdMatrix<1, false>, LdMatrix<2, false>, LdMatrix<4, false>, LdMatrix<1, true>,
-                         LdMatrix<2, true>, LdMatrix<4, true>, MmaFloat<__half>, MmaFloat<__nv_bfloat16>,
-                         MmaInt<S, S>, MmaInt<S, U>, MmaInt<U, S>, MmaInt<U, U>>;
+  using All = std::tuple<Lop3, Prmt, Dp4a<S, S>, Dp4a<S, U>, Dp4a<U, S>, Dp4a<U, U>, Ex2, FloatsOf, Rcp,
+                         Streaming, CpAsync, LdMatrix<1, false>, LdMatrix<2, false>, LdMatrix<4, false>,
+                         LdMatrix<1, true>, LdMatrix<2, true>, LdMatrix<4, true>, MmaFloat<__half>,
+                         MmaFloat<__nv_bfloat16>, MmaInt<S, S>, MmaInt<S, U>, MmaInt<U, S>, MmaInt<U, U>>;
   each(static_cast<All*>(nullptr));
 }
 
