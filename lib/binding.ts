@@ -110,6 +110,7 @@ export interface NativeCache {
     ringTokens: number;
     keyBitsPerValue: number;
     valueBitsPerValue: number;
+    path: string;
   }[];
   attendBatch(
     sync: boolean,

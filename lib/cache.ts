@@ -133,8 +133,6 @@ export class KvCache extends Owned<NativeCache> {
     const native = this.life.use().plan();
     return native.map((plan, layer) => {
       const { k, v } = this.layers[layer]!;
-      const path =
-        k.bits === 16 && v.bits === 16 ? 'binary16 dot products' : 'integer dot products on packed codes';
       return {
         layer,
         scheme: this.names[layer]!,
@@ -144,7 +142,7 @@ export class KvCache extends Owned<NativeCache> {
         windowBytes: plan.windowBytes,
         keyBitsPerValue: plan.keyBitsPerValue,
         valueBitsPerValue: plan.valueBitsPerValue,
-        kernel: `${this.backend.info.kind}/${this.backend.info.isa}: ${path}`,
+        kernel: `${this.backend.info.kind}/${this.backend.info.isa}: ${plan.path}`,
       };
     });
   }

@@ -64,14 +64,19 @@ function kernelsOf(text) {
   }));
 }
 
-/** attend_mma<4, 4, 128, 2>, from a mangled name. */
+/** attend_mma<kToken, 4, kToken, 4, 128, 2>, from a mangled name; demanglers print enumerators as numbers. */
 function readable(names) {
+  const routes = readFileSync(join(root, 'native', 'cuda', 'routes.h'), 'utf8');
+  const scales = [.../enum class Scales[^{]*\{([^}]*)\}/.exec(routes)[1].matchAll(/^\s*(k\w+)/gm)].map(
+    ([, name]) => name,
+  );
   const { status, stdout } = spawnSync('c++filt', { input: names.join('\n'), encoding: 'utf8' });
   if (status !== 0) throw new Error('c++filt failed; it belongs to binutils, as ld does');
   return stdout
     .trim()
     .split('\n')
-    .map((line) => /(\w+(?:<[^()]*>)?)\(/.exec(line.replaceAll(/\(int\)/g, ''))?.[1] ?? line);
+    .map((line) => line.replaceAll(/\(int\)/g, '').replaceAll(/\([\w:]*Scales\)(\d+)/g, (_, i) => scales[i]))
+    .map((line) => /(\w+(?:<[^()]*>)?)\(/.exec(line)?.[1] ?? line);
 }
 
 async function main() {

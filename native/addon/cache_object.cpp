@@ -68,7 +68,10 @@ Napi::Value CacheObject::stats(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value CacheObject::plan(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&] { return write_plan(info.Env(), handle()->core->config()); });
+  return guarded(info.Env(), [&] {
+    Cache& core = *handle()->core;
+    return write_plan(info.Env(), core.config(), core.backend());
+  });
 }
 
 namespace {

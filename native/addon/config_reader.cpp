@@ -224,7 +224,7 @@ Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64
   return result;
 }
 
-Napi::Array write_plan(Napi::Env env, const CacheConfig& config) {
+Napi::Array write_plan(Napi::Env env, const CacheConfig& config, const Backend& backend) {
   Napi::Array plan = Napi::Array::New(env);
   for (int layer = 0; layer < config.layers; ++layer) {
     const LayerScheme& scheme = config.scheme(layer);
@@ -236,6 +236,7 @@ Napi::Array write_plan(Napi::Env env, const CacheConfig& config) {
     row.Set("ringTokens", scheme.ring_tokens());
     row.Set("keyBitsPerValue", payload(layout.k));
     row.Set("valueBitsPerValue", payload(layout.v));
+    row.Set("path", backend.attention_path(scheme.k, scheme.v, config.head_dim));
     plan.Set(static_cast<std::uint32_t>(layer), row);
   }
   return plan;

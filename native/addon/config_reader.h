@@ -44,7 +44,7 @@ Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64
                             std::int64_t sequences);
 
 /// What each layer costs and how it is computed; see lib/cache.ts.
-Napi::Array write_plan(Napi::Env env, const CacheConfig& config);
+Napi::Array write_plan(Napi::Env env, const CacheConfig& config, const Backend& backend);
 
 /// Every combination of bits, group and mode that keys or values may have.
 Napi::Array write_supported_specs(Napi::Env env);

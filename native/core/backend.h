@@ -178,6 +178,11 @@ class Backend {
   /// What the caller enqueues on his stream from now on happens after everything asked so far; if he has
   /// none, everything asked so far is done when this returns. Throws Error when some of it failed.
   virtual void settle() {}
+  /// What reads stored keys and values of these formats: for cache.plan().
+  virtual const char* attention_path(const TensorSpec& k, const TensorSpec& v,
+                                     [[maybe_unused]] int head_dim) const {
+    return k.raw() && v.raw() ? "binary16 dot products" : "integer dot products on packed codes";
+  }
 };
 
 }  // namespace innerkv

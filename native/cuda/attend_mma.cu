@@ -1,4 +1,7 @@
+#include <array>
+
 #include "attend_mma.cuh"
+#include "prepare.cuh"
 
 namespace innerkv::gpu {
 
@@ -7,39 +10,36 @@ namespace {
 using Kernel = void (*)(AttendRule, const RequestArgs*, const HeadArgs*, const PreparedArgs*, const TaskArgs*,
                         int);
 
-struct Entry {
-  int k_bits, v_bits, head_dim, tiles;
-  Kernel kernel;
-};
+constexpr int kRoutes = static_cast<int>(std::size(kMmaRoutes)),
+              kDims = static_cast<int>(std::size(kMmaHeadDims)), kTiles = 2;
 
-template <int kBitsK, int kBitsV, int D>
-constexpr Entry entry(int tiles) {
-  return {kBitsK, kBitsV, D, tiles,
-          tiles == 1 ? attend_mma<kBitsK, kBitsV, D, 1> : attend_mma<kBitsK, kBitsV, D, 2>};
+/// Of a route at a head_dim, for 4 rows a task and for 8.
+template <int kIndex>
+constexpr Kernel kernel() {
+  constexpr Route route = kMmaRoutes[kIndex / kTiles / kDims];
+  return attend_mma<route.k, route.k_bits, route.v, route.v_bits, kMmaHeadDims[kIndex / kTiles % kDims],
+                    1 + kIndex % kTiles>;
 }
 
-#define INNERKV_PAIR(k, v) entry<k, v, 64>(1), entry<k, v, 64>(2), entry<k, v, 128>(1), entry<k, v, 128>(2)
-constexpr Entry kEntries[] = {INNERKV_PAIR(2, 1), INNERKV_PAIR(2, 2), INNERKV_PAIR(3, 2),
-                              INNERKV_PAIR(3, 3), INNERKV_PAIR(4, 2), INNERKV_PAIR(4, 4)};
-#undef INNERKV_PAIR
+template <int... kIndex>
+constexpr std::array<Kernel, sizeof...(kIndex)> kernels(std::integer_sequence<int, kIndex...>) {
+  return {kernel<kIndex>()...};
+}
 
 Kernel kernel_of(const AttendRule& rule, int rows_a_task) {
-  for (const Entry& one : kEntries)
-    if (one.k_bits == rule.k.bits && one.v_bits == rule.v.bits && one.head_dim == rule.head_dim &&
-        4 * one.tiles == rows_a_task)
-      return one.kernel;
-  return nullptr;
-}
-
-bool one_scale_per_token(const TensorSpec& spec) {
-  return !spec.raw() && spec.group == Group::kToken && spec.mode == Mode::kMidRise;
+  static constexpr auto kKernels = kernels(std::make_integer_sequence<int, kRoutes * kDims * kTiles>{});
+  const int route = mma_route(rule.k, rule.v, rule.head_dim);
+  if (route < 0) return nullptr;
+  int dim = 0;
+  while (kMmaHeadDims[dim] != rule.head_dim) ++dim;
+  return kKernels[static_cast<std::size_t>((route * kDims + dim) * kTiles + rows_a_task / 4 - 1)];
 }
 
 }  // namespace
 
 int mma_rows(const AttendRule& rule, int rows) {
-  const int wanted = rows <= 4 ? 4 : 8;
-  return one_scale_per_token(rule.k) && one_scale_per_token(rule.v) && kernel_of(rule, wanted) ? wanted : 0;
+  if (mma_route(rule.k, rule.v, rule.head_dim) < 0) return 0;
+  return rows <= 4 ? 4 : 8;
 }
 
 cudaError_t attend_mma_tasks(const AttendRule& rule, const RequestArgs* requests, const HeadArgs* heads,

@@ -1,80 +1,54 @@
-// Attention straight from the codes on integer tensor cores: keys and values with one mid-rise scale per
-// token, the formats that calibrated and rotated caches store.
+// Attention straight from the codes on integer tensor cores, for the formats of routes.h.
 //
-// Shape      a warp per task: 4 * NT query rows of one KV head against a run of pages; 4 independent warps a
-// block. Reads      each page once, 4 to 16 bytes a lane, whole words of codes (docs/format.md section 2);
-// prepared queries. Writes     the task's softmax state and unnormalised output, in the basis of the stored
-// values. Arithmetic A = codes as bytes under a class mask (rows are tokens for K, channels for V), B =
-// queries or weighted
-//            probabilities as 16-bit integers in two signed bytes: columns 2h and 2h + 1 are the high and low
-//            part of row h. The power of two that a mask leaves is undone by the row's scale, the centre of
-//            the levels by one integer per row. All integer sums are exact (bounds at their place); weights
-//            are relative to the page's largest.
-// Order      no barrier; lanes exchange by shuffles. The result of a task depends on its pages alone.
-// Limits     head_dim 64, 128; the pairs of bits that attend_mma.cu lists; up to 8 query rows a task.
+// - Shape: a warp per task, 4 * NT query rows of one KV head against a run of pages; 4 independent warps a
+//   block.
+// - Reads: each page once, 4 to 16 bytes a lane, whole words of codes (docs/format.md section 2); queries
+//   that prepare.cuh made.
+// - Writes: the task's softmax state and unnormalised output, in the basis of the stored values.
+// - Arithmetic: A = codes as bytes under a class mask (rows are tokens for K, channels for V), B = queries or
+//   weighted probabilities as 16-bit integers in two bytes; columns 2h and 2h + 1 are the high and low part
+//   of row h. The power of two that a mask leaves is undone by the row's scale; the centre of the levels is
+//   one integer per row, where accumulators start. All integer sums are exact: |code - centre| * |integer|
+//   summed over 128 elements is at most 128 * 255 * 65535 / 2 < 2^31, and what comes before wraps around
+//   harmlessly.
+// - Groups: 32 channels of a key are one matrix product, 32 tokens of a value too, so a group's scale meets
+//   the product's sum. Values with scales per token have them folded into the weights, group by group.
+// - Order: no barrier; lanes exchange by shuffles, hybrid values through the warp's own shared memory. The
+//   result of a task depends on its pages alone.
+// - Limits: head_dim 64 and 128; up to 8 query rows a task.
+// Long file: one pass over a page, in the order of its steps.
 #pragma once
 
 #include "attend.cuh"
 #include "attend_mma.h"
-#include "codes.cuh"
+#include "mma_weights.cuh"
 #include "ptx.h"
+#include "routes.h"
 
 namespace innerkv::gpu {
 
-inline constexpr float kLargestInteger = 32639.0f;  // 127 * 256 + 127
-
-/// Queries of every block as integers: grid (ceil(rows / 4), blocks, requests), 128 threads.
-INNERKV_KERNEL(128)
-void prepare_queries(AttendRule rule, const RequestArgs* requests, const HeadArgs* heads,
-                     const PreparedArgs* prepared) {
-  INNERKV_SHARED(float, all_rows, [kMmaWarps][kMaxHeadDim]);
-  const RequestArgs& request = requests[blockIdx.z];
-  const PreparedArgs& to = prepared[blockIdx.z];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int row = static_cast<int>(blockIdx.x) * kMmaWarps + warp, block = static_cast<int>(blockIdx.y),
-            D = rule.head_dim, query_heads = rule.kv_heads * rule.group;
-  if (row >= request.rows || block >= to.blocks) return;
-  const HeadArgs& head = heads[static_cast<int>(blockIdx.z) * rule.kv_heads + row % query_heads / rule.group];
-  float* x = all_rows[warp];
-  const float factor = rule.scale * kLog2e;
-  for (int i = lane; i < D; i += 32) x[i] = factor * request.q[static_cast<std::ptrdiff_t>(row) * D + i];
-  if (rule.block_tokens > 0) {
-    const float* rotation = head.rotations + static_cast<std::ptrdiff_t>(block) * 2 * D;
-    warp_rotate(lane, x, rotation, rotation + D, rule.pairs, rule.half_layout);
-  }
-  float constant = 0.0f;
-  if (head.mean) {
-    for (int i = lane; i < D; i += 32) constant = fmaf(x[i], head.mean[i], constant);
-    constant = warp_sum(constant);
-  }
-  if (head.lam)
-    for (int i = lane; i < D; i += 32) x[i] *= head.lam[i];
-  if (rule.hadamard_k) warp_hadamard(lane, x, D);
-  const float largest = warp_max_magnitude(lane, D, [&](int i) { return x[i]; });
-  const float inverse = largest > 0 ? kLargestInteger / largest : 0.0f;
-  const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(block) * request.rows + row;
-  std::uint8_t* bytes = to.bytes + at * 2 * D;
-  int total = 0;
-  for (int i = lane; i < D; i += 32) {
-    const int value = static_cast<int>(rintf(x[i] * inverse)), high = (value + 128) >> 8;
-    bytes[i] = static_cast<std::uint8_t>(high);
-    bytes[D + i] = static_cast<std::uint8_t>(value - 256 * high);
-    total += value;
-  }
-  for (int h = 16; h > 0; h /= 2) total += __shfl_xor_sync(kFullMask, total, h);
-  if (lane == 0) to.rows[at] = {largest / kLargestInteger, constant, total};
-}
-
-/// 4 rows' integers split into signed bytes: high and low words.
-struct SplitWord {
-  std::uint32_t high = 0, low = 0;
+template <int kCount>
+struct alignas(4 * kCount) Several {
+  float x[kCount];
 };
 
-template <int kBitsK, int kBitsV, int D, int NT>
+/// Values of a page with hybrid scales: magnitude / 2^shift and what is added, sub-block by sub-block.
+template <int D>
+struct HybridScales {
+  alignas(16) float size[4][D], offset[4][D];
+};
+
+template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT>
 struct MmaAttention {
   using K = Codes<kBitsK, kPageTokens>;
   using V = Codes<kBitsV, D>;
-  static constexpr int kRowsInTile = 4 * NT, kTopK = (1 << kBitsK) - 1, kTopV = (1 << kBitsV) - 1;
+  static constexpr bool kKeyGroups = kScalesK != Scales::kToken,
+                        kHybrid = kScalesV == Scales::kTokens32Hybrid,
+                        kBlocks = kHybrid || kScalesV == Scales::kTokens32,
+                        kChannelGroups = kScalesV == Scales::kChannels32;
+  using Weights = WeightBytes<K, kChannelGroups>;
+  static constexpr std::size_t kScalesAtK = TensorLayout{a_spec(kScalesK, kBitsK), false, D}.scales_at(),
+                               kScalesAtV = TensorLayout{a_spec(kScalesV, kBitsV), true, D}.scales_at();
 
   const AttendRule& rule;
   const RequestArgs& request;
@@ -82,43 +56,87 @@ struct MmaAttention {
   const PreparedArgs& prepared;
   const TaskArgs& task;
   int lane, g, t;
+  HybridScales<D>* hybrid;
 
+  float softcap, inverse_softcap;   // base 2
+  int q_row[NT], row[NT], end[NT];  // of columns g and t; positions that row sees end there
   float largest[NT], sum[NT], out[V::kUnits][NT];
 
-  /// The task's row that lane column t of n-tile n stands for; rows beyond the task repeat its last one.
+  /// Row of q and of the results that column `column` of n-tile n stands for; rows beyond the task repeat its
+  /// last one.
+  INNERKV_DEVICE int row_of(int n, int column) const {
+    const int r = task.first_row + task_row(n, column), token = r / rule.group;
+    return token * rule.kv_heads * rule.group + task.kv_head * rule.group + r - token * rule.group;
+  }
   INNERKV_DEVICE int task_row(int n, int column) const {
     const int r = 4 * n + column;
     return r < task.rows ? r : task.rows - 1;
-  }
-  INNERKV_DEVICE int row_of(int r) const {
-    const int token = (task.first_row + r) / rule.group;
-    return token * rule.kv_heads * rule.group + task.kv_head * rule.group + (task.first_row + r) % rule.group;
   }
   INNERKV_DEVICE int end_visible(int r) const {
     return request.causal ? head.tokens - request.q_tokens + (task.first_row + r) / rule.group + 1
                           : head.tokens;
   }
-  INNERKV_DEVICE int first_visible(int r) const {
-    const int first = end_visible(r) - request.sliding_window;
+  INNERKV_DEVICE int first_visible(int past) const {
+    const int first = past - request.sliding_window;
     return request.sliding_window > 0 && first > 0 ? first : 0;
   }
+
+  static INNERKV_DEVICE std::uint32_t joined(const std::int32_t* part) {
+    return 256u * static_cast<std::uint32_t>(part[0]) + static_cast<std::uint32_t>(part[1]);
+  }
+  /// A unit's sum of products, from its high and its low column.
+  static INNERKV_DEVICE float product_sum(const std::int32_t* part) {
+    return static_cast<float>(static_cast<std::int32_t>(joined(part)));
+  }
+  /// Twice the sum without the centre of the levels; `centre`: twice that code.
+  static INNERKV_DEVICE float twice_centred(const std::int32_t* part, int centre, std::int32_t total,
+                                            int shift) {
+    const std::uint32_t all = static_cast<std::uint32_t>(centre) * static_cast<std::uint32_t>(total);
+    return static_cast<float>(static_cast<std::int32_t>(2u * joined(part) - (all << shift)));
+  }
+  /// Accumulators of a tile that leave out a centre of 2^(bits - 1).
+  template <class Matrix>
+  static INNERKV_DEVICE void start_centred(std::int32_t (&start)[4], int bits, std::int32_t total, int tile) {
+    const auto centre = [&](int unit) {
+      return static_cast<std::int32_t>(
+          0u - (static_cast<std::uint32_t>(total) << (bits - 1 + Matrix::shift(unit))));
+    };
+    start[0] = start[2] = 0;
+    start[1] = centre(2 * tile);
+    start[3] = centre(2 * tile + 1);
+  }
+  template <class Matrix>
+  static INNERKV_DEVICE void load_tile(std::uint32_t (&a)[4], const Matrix& low, const Matrix& high,
+                                       int tile) {
+    a[0] = low.fragment(2 * tile);
+    a[1] = low.fragment(2 * tile + 1);
+    a[2] = high.fragment(2 * tile);
+    a[3] = high.fragment(2 * tile + 1);
+  }
+  static constexpr INNERKV_DEVICE float unshifted(int shift) { return 1.0f / static_cast<float>(1 << shift); }
 
   /// Scores of one page: scores[unit][n] of row task_row(n, t), slot K::row(g, unit).
   INNERKV_DEVICE void scores_of(const PageArgs& page, int block, float (&scores)[K::kUnits][NT]) const {
     const auto* base = reinterpret_cast<const std::uint32_t*>(page.k);
-    std::int32_t sums[K::kTiles][NT][4] = {};
-    const std::uint32_t* q[NT];  // of column g
-    PreparedRow rows[NT];        // of column t
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(page.k + kScalesAtK);
+    const std::uint32_t* q[NT];   // of column g
+    const PreparedRow* rows[NT];  // of column t
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(block) * request.rows;
-      q[n] = reinterpret_cast<const std::uint32_t*>(prepared.bytes +
-                                                    ((at + row_of(task_row(n, g / 2))) * 2 + g % 2) * D);
-      rows[n] = prepared.rows[at + row_of(task_row(n, t))];
+      q[n] = reinterpret_cast<const std::uint32_t*>(prepared.bytes + ((at + q_row[n]) * 2 + g % 2) * D);
+      rows[n] = prepared.rows + at + row[n];
     }
-    [[maybe_unused]] constexpr int kTogether = kBitsK == 2   ? 4
-                                               : kBitsK == 8 ? 1
-                                                             : 2;  // loads under way: 32 registers
+    [[maybe_unused]] std::int32_t sums[kKeyGroups ? 1 : K::kTiles][NT][4] = {};
+#pragma unroll
+    for (int unit = 0; unit < K::kUnits; ++unit)
+#pragma unroll
+      for (int n = 0; n < NT; ++n) scores[unit][n] = 0.0f;
+    // Steps of loads under way: 32 registers.
+    [[maybe_unused]] constexpr int kTogether = kBitsK == 8   ? 1
+                                               : kKeyGroups  ? (NT == 1 ? 2 : 1)
+                                               : kBitsK == 2 ? 4
+                                                             : 2;
 #pragma unroll kTogether
     for (int step = 0; step < D / 32; ++step) {
       K low, high;  // quads 8 * step + t and 4 further
@@ -130,30 +148,52 @@ struct MmaAttention {
         b[n][0] = q[n][8 * step + t];
         b[n][1] = q[n][8 * step + 4 + t];
       }
+      std::uint32_t a[4];
+      if constexpr (kKeyGroups) {
+        float scale[K::kUnits];
+        load_units<K>(scales + step * kPageTokens, g, scale);
+        std::int32_t total[NT], start[4], part[4];
 #pragma unroll
-      for (int tile = 0; tile < K::kTiles; ++tile) {
-        const std::uint32_t a[4] = {low.fragment(2 * tile), low.fragment(2 * tile + 1),
-                                    high.fragment(2 * tile), high.fragment(2 * tile + 1)};
+        for (int n = 0; n < NT; ++n) total[n] = rows[n]->totals[step];
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
-          ptx::mma_m16n8k32<std::uint8_t, std::int8_t>(sums[tile][n], a, b[n], sums[tile][n]);
+        for (int tile = 0; tile < K::kTiles; ++tile) {
+          load_tile(a, low, high, tile);
+#pragma unroll
+          for (int n = 0; n < NT; ++n) {
+            start_centred<K>(start, kBitsK, total[n], tile);
+            ptx::mma_m16n8k32<std::uint8_t, std::int8_t>(part, a, b[n], start);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              float& score = scores[2 * tile + i][n];
+              score = fmaf(product_sum(part + 2 * i), scale[2 * tile + i], score);
+            }
+          }
+        }
+      } else {
+#pragma unroll
+        for (int tile = 0; tile < K::kTiles; ++tile) {
+          load_tile(a, low, high, tile);
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+            ptx::mma_m16n8k32<std::uint8_t, std::int8_t>(sums[tile][n], a, b[n], sums[tile][n]);
+        }
       }
     }
-    const TensorLayout layout{rule.k, false, D};
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(page.k + layout.scales_at());
+    [[maybe_unused]] float scale[K::kUnits];
+    if constexpr (!kKeyGroups) load_units<K>(scales, g, scale);
 #pragma unroll
-    for (int unit = 0; unit < K::kUnits; ++unit) {
-      const float scale = half_value(scales[K::row(g, unit)]);
+    for (int n = 0; n < NT; ++n) {
+      const PreparedRow of_row = *rows[n];
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        // |2 * code - top| * |q| <= 255 * 2^15 * 256 < 2^31 in the end; before, sums wrap around harmlessly.
-        const std::int32_t* part = sums[unit / 2][n] + 2 * (unit % 2);
-        const std::uint32_t twice = 512u * static_cast<std::uint32_t>(part[0]) +
-                                    2u * static_cast<std::uint32_t>(part[1]) -
-                                    (static_cast<std::uint32_t>(kTopK * rows[n].total) << K::shift(unit));
-        const float unit_step = 0.5f * rows[n].step / static_cast<float>(1 << K::shift(unit));
-        scores[unit][n] =
-            fmaf(static_cast<float>(static_cast<std::int32_t>(twice)), unit_step * scale, rows[n].constant);
+      for (int unit = 0; unit < K::kUnits; ++unit) {
+        const float step = of_row.step * unshifted(K::shift(unit));
+        float& score = scores[unit][n];
+        if constexpr (kKeyGroups)
+          score = fmaf(score, step, of_row.constant);
+        else
+          score = fmaf(twice_centred(sums[unit / 2][n] + 2 * (unit % 2), (1 << kBitsK) - 1, of_row.totals[0],
+                                     K::shift(unit)),
+                       0.5f * step * scale[unit], of_row.constant);
       }
     }
   }
@@ -161,48 +201,46 @@ struct MmaAttention {
   /// Softcap, masks, logits.
   INNERKV_DEVICE void finish_scores(const PageArgs& page, int position, int stored,
                                     float (&scores)[K::kUnits][NT]) const {
+    // Slots count from this lane's first, so that a unit's is a constant.
+    const int mine = K::lane_row(g);
+    const std::uint64_t removed = page.removed[0], removed_late = page.removed[1],
+                        gone = removed >> mine | (mine > 0 ? removed_late << (64 - mine) : 0),
+                        gone_late = removed_late >> mine;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const int r = task_row(n, t), first = first_visible(r) - position, end = end_visible(r) - position;
-      const bool whole = stored == kPageTokens && first <= 0 && end >= kPageTokens &&
-                         !(page.removed[0] | page.removed[1]) && !request.logits && !(rule.softcap > 0);
+      const int first = first_visible(end[n]) - position, past = end[n] - position;
+      const bool whole = stored == kPageTokens && first <= 0 && past >= kPageTokens &&
+                         !(removed | removed_late) && !request.logits && !(rule.softcap > 0);
       if (whole) continue;
-      float* logits = request.logits && 4 * n + t < task.rows
-                          ? request.logits + static_cast<std::ptrdiff_t>(row_of(r)) * head.tokens + position
-                          : nullptr;
+      float* logits =
+          request.logits && 4 * n + t < task.rows
+              ? request.logits + static_cast<std::ptrdiff_t>(row[n]) * head.tokens + position + mine
+              : nullptr;
 #pragma unroll
       for (int unit = 0; unit < K::kUnits; ++unit) {
-        const int slot = K::row(g, unit);
+        const int slot = K::unit_row(unit);
         float& x = scores[unit][n];
-        const bool hidden =
-            slot >= stored || slot < first || slot >= end || (page.removed[slot / 64] >> (slot % 64) & 1u);
-        if (rule.softcap > 0) x = kLog2e * rule.softcap * tanhf(x * kLn2 / rule.softcap);
-        if (hidden) x = no_score();
-        if (logits && slot < stored) logits[slot] = x * kLn2;
+        if (rule.softcap > 0) x = softcap * tanhf(x * inverse_softcap);
+        if (slot < first - mine || slot >= past - mine || slot >= stored - mine ||
+            ((slot < 64 ? gone : gone_late) >> (slot % 64) & 1u))
+          x = no_score();
+        if (logits && slot < stored - mine) logits[slot] = x * kLn2;
       }
     }
   }
 
-  /// Maximum (or sum) over the lanes of one column.
+  /// Maximum over the lanes of one column.
   static INNERKV_DEVICE float column_max(float x) {
 #pragma unroll
     for (int h = 4; h <= 16; h *= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, h));
     return x;
   }
 
-  /// Probabilities times the values' scales as integers: split[s][n] holds the quad of tokens quad_of(s).
-  /// Returns the factor of the integers and their total.
-  INNERKV_DEVICE void weigh(const PageArgs& page, int stored, float (&scores)[K::kUnits][NT],
-                            SplitWord (&split)[4][NT], float (&factor)[NT], std::int32_t (&total)[NT],
-                            float (&rescale)[NT]) {
-    const TensorLayout layout{rule.v, true, D};
-    const auto* scales = reinterpret_cast<const std::uint16_t*>(page.v + layout.scales_at());
-    float value_scales[K::kUnits];
-#pragma unroll
-    for (int unit = 0; unit < K::kUnits; ++unit) {
-      const int slot = K::row(g, unit);
-      value_scales[unit] = slot < stored ? half_value(scales[slot]) : 0.0f;
-    }
+  /// Scores become probabilities relative to the page's largest, `part[n]` of which counts; the state and the
+  /// output so far are brought to the new maximum.
+  INNERKV_DEVICE void softmax(float (&scores)[K::kUnits][NT], float (&part)[NT]) {
+    float rescale[NT];
+    bool moved = false;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       float page_largest = no_score();
@@ -212,147 +250,300 @@ struct MmaAttention {
       const float before = largest[n], now = fmaxf(before, page_largest);
       const bool nothing = page_largest == no_score();
       rescale[n] = before == now || before == no_score() ? 1.0f : ptx::ex2(before - now);
-      const float page_factor = nothing ? 0.0f : ptx::ex2(page_largest - now);
-      float page_sum = 0.0f, heaviest = 0.0f;
+      moved |= rescale[n] != 1.0f;
+      part[n] = nothing ? 0.0f : ptx::ex2(page_largest - now);
+      const float base = nothing ? 0.0f : page_largest;
+      float page_sum = 0.0f;
 #pragma unroll
       for (int unit = 0; unit < K::kUnits; ++unit) {
-        const float p = nothing ? 0.0f : ptx::ex2(scores[unit][n] - page_largest);
-        page_sum += p;
-        scores[unit][n] = p * value_scales[unit];
-        heaviest = fmaxf(heaviest, scores[unit][n]);
+        scores[unit][n] = ptx::ex2(scores[unit][n] - base);
+        page_sum += scores[unit][n];
       }
-      sum[n] = fmaf(page_sum, page_factor, sum[n] * rescale[n]);
+      sum[n] = fmaf(page_sum, part[n], sum[n] * rescale[n]);
       largest[n] = now;
-      heaviest = column_max(heaviest);
-      const float inverse = heaviest > 0 ? kLargestInteger / heaviest : 0.0f;
-      factor[n] = page_factor * heaviest / kLargestInteger;
-      std::int32_t all = 0;
-      std::uint32_t high[K::kUnits], low[K::kUnits];
+    }
+    if (!__any_sync(kFullMask, moved)) return;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int unit = 0; unit < V::kUnits; ++unit) out[unit][n] *= rescale[n];
+  }
+
+  /// sum += the integers of 32 tokens: a product with ones.
+  static INNERKV_DEVICE void add_total(std::int32_t (&total)[4], const std::uint32_t (&b)[2]) {
+    const std::uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+    ptx::mma_m16n8k32<std::uint8_t, typename Weights::Byte>(total, ones, b, total);
+  }
+
+  /// Probabilities times the scales of their tokens' values, as integers that `factor` undoes.
+  INNERKV_DEVICE void weigh(const std::uint16_t* scales, const float (&p)[K::kUnits][NT],
+                            const float (&part)[NT], Weights (&weights)[NT], float (&factor)[NT]) const {
+    float scale[K::kUnits];  // of slots that hold nothing: finite, and their p is 0
+    load_units<K>(scales, g, scale);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      float w[K::kUnits], heaviest = 0.0f;
 #pragma unroll
       for (int unit = 0; unit < K::kUnits; ++unit) {
-        const int value = static_cast<int>(fmaf(scores[unit][n], inverse, 0.5f)), upper = (value + 128) >> 8;
-        all += value;
-        high[unit] = static_cast<std::uint32_t>(upper) & 0xffu;
-        low[unit] = static_cast<std::uint32_t>(value - 256 * upper) & 0xffu;
+        w[unit] = p[unit][n] * scale[unit];
+        heaviest = fmaxf(heaviest, fabsf(w[unit]));
       }
-#pragma unroll
-      for (int h = 4; h <= 16; h *= 2) all += __shfl_xor_sync(kFullMask, all, h);
-      total[n] = all;
-      gather_quads(high, low, split, n);
+      heaviest = column_max(heaviest);
+      const bool tiny = !(heaviest > kTiny);
+      factor[n] = tiny ? 0.0f : part[n] * heaviest * (1.0f / Weights::kLargest);
+      weights[n].pack(g, tiny ? 0.0f : Weights::kLargest * ptx::rcp(heaviest),
+                      [&](int unit) { return w[unit]; });
     }
   }
 
-  /// Bytes of units to words of token quads. A lane's vector of 4 words is a quad of tokens; with vectors of
-  /// 2 (3 bits) two neighbouring lanes hold the halves of a quad and exchange them, so that each ends with
-  /// every other class.
-  INNERKV_DEVICE void gather_quads(const std::uint32_t (&high)[K::kUnits],
-                                   const std::uint32_t (&low)[K::kUnits], SplitWord (&split)[4][NT],
-                                   int n) const {
-    if constexpr (K::kVector == 4) {
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        split[s][n] = {high[4 * s] | high[4 * s + 1] << 8 | high[4 * s + 2] << 16 | high[4 * s + 3] << 24,
-                       low[4 * s] | low[4 * s + 1] << 8 | low[4 * s + 2] << 16 | low[4 * s + 3] << 24};
-      }
-    } else {
-      static_assert(K::kVector == 2);
-      const bool odd = g % 2;
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {  // classes 2 s and 2 s + 1
-        const auto half = [&](const std::uint32_t(&bytes)[K::kUnits], int c) {
-          return bytes[2 * c] | bytes[2 * c + 1] << 8;
-        };
-        const auto exchange = [&](const std::uint32_t(&bytes)[K::kUnits]) {
-          const std::uint32_t even_class = half(bytes, 2 * s), odd_class = half(bytes, 2 * s + 1);
-          const std::uint32_t other = __shfl_xor_sync(kFullMask, odd ? even_class : odd_class, 4);
-          return odd ? other | odd_class << 16 : even_class | other << 16;
-        };
-        split[s][n].high = exchange(high);
-        split[s][n].low = exchange(low);
-      }
-    }
-  }
-  /// Lane group (value of g) that holds quad `quad` of 8 in the words split[s].
-  static INNERKV_DEVICE int holder(int quad) { return K::kVector == 4 ? quad : 2 * (quad % 4) + quad / 4; }
-
-  INNERKV_DEVICE void add_values(const PageArgs& page, const SplitWord (&split)[4][NT],
-                                 const float (&factor)[NT], const std::int32_t (&total)[NT],
-                                 const float (&rescale)[NT]) {
+  /// Values with one scale per token.
+  INNERKV_DEVICE void add_token_values(const PageArgs& page, const float (&p)[K::kUnits][NT],
+                                       const float (&part)[NT]) {
     const auto* base = reinterpret_cast<const std::uint32_t*>(page.v);
-    std::int32_t sums[V::kTiles][NT][4] = {};
-    // 4-bit keys leave too few registers for four steps of loads: ptxas would spill some.
-    [[maybe_unused]] constexpr int kTogether =
-        V::kWords * V::kPlanes > 4 || (kBitsK == 4 && D == 128) ? 2 : 4;
-#pragma unroll kTogether
+    Weights weights[NT];
+    float factor[NT];
+    weigh(reinterpret_cast<const std::uint16_t*>(page.v + kScalesAtV), p, part, weights, factor);
+    std::int32_t sums[V::kTiles][NT][4] = {}, total[NT][4] = {};
+#pragma unroll
     for (int s = 0; s < 4; ++s) {
       V low, high;
       low.load(base, 8 * s + t, g);
       high.load(base, 8 * s + 4 + t, g);
-      std::uint32_t b[NT][2];
+      std::uint32_t b[NT][2], a[4];
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int source = 4 * holder(4 * half + t) + g / 2;
-          const std::uint32_t from_high = __shfl_sync(kFullMask, split[s][n].high, source),
-                              from_low = __shfl_sync(kFullMask, split[s][n].low, source);
-          b[n][half] = g % 2 ? from_low : from_high;
-        }
+      for (int n = 0; n < NT; ++n) {
+        weights[n].operand(s, g, t, b[n]);
+        add_total(total[n], b[n]);
+      }
 #pragma unroll
       for (int tile = 0; tile < V::kTiles; ++tile) {
-        const std::uint32_t a[4] = {low.fragment(2 * tile), low.fragment(2 * tile + 1),
-                                    high.fragment(2 * tile), high.fragment(2 * tile + 1)};
+        load_tile(a, low, high, tile);
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-          ptx::mma_m16n8k32<std::uint8_t, std::int8_t>(sums[tile][n], a, b[n], sums[tile][n]);
+          ptx::mma_m16n8k32<std::uint8_t, typename Weights::Byte>(sums[tile][n], a, b[n], sums[tile][n]);
       }
     }
 #pragma unroll
-    for (int unit = 0; unit < V::kUnits; ++unit)
+    for (int n = 0; n < NT; ++n) {
+      const auto all = static_cast<std::int32_t>(joined(total[n]));
+#pragma unroll
+      for (int unit = 0; unit < V::kUnits; ++unit) {
+        const float twice =
+            twice_centred(sums[unit / 2][n] + 2 * (unit % 2), (1 << kBitsV) - 1, all, V::shift(unit));
+        out[unit][n] = fmaf(twice, 0.5f * factor[n] * unshifted(V::shift(unit)), out[unit][n]);
+      }
+    }
+  }
+
+  /// Values with a scale per token and 32 channels: weights of their own for every group. A loop, or else the
+  /// groups' loads would be interleaved until registers spill; so the outputs move on from group to group.
+  INNERKV_DEVICE void add_channel_values(const PageArgs& page, const float (&p)[K::kUnits][NT],
+                                         const float (&part)[NT]) {
+    static_assert(!kChannelGroups || V::kVector == 4);  // a group is four units: a vector of words, a class
+    const auto* base = reinterpret_cast<const std::uint32_t*>(page.v);
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(page.v + kScalesAtV);
+    constexpr int kVectors = V::kX / 32;
+#pragma unroll 1
+    for (int group = 0; group < D / 32; ++group) {
+      Weights weights[NT];
+      float factor[NT];
+      weigh(scales + group * kPageTokens, p, part, weights, factor);
+      std::int32_t sums[2][NT][4] = {}, total[NT][4] = {};
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        V low, high;
+        low.load(base + 32 * (group % kVectors), 8 * s + t, g, 0, 4);
+        high.load(base + 32 * (group % kVectors), 8 * s + 4 + t, g, 0, 4);
+        low.drop_classes(group / kVectors);
+        high.drop_classes(group / kVectors);
+        std::uint32_t b[NT][2], a[4];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          weights[n].operand(s, g, t, b[n]);
+          add_total(total[n], b[n]);
+        }
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          load_tile(a, low, high, tile);
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+            ptx::mma_m16n8k32<std::uint8_t, typename Weights::Byte>(sums[tile][n], a, b[n], sums[tile][n]);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        // |2 * code - top| * weight <= 255 * 2^15 * 128 < 2^31 in the end.
-        const std::int32_t* part = sums[unit / 2][n] + 2 * (unit % 2);
-        const std::uint32_t twice = 512u * static_cast<std::uint32_t>(part[0]) +
-                                    2u * static_cast<std::uint32_t>(part[1]) -
-                                    (static_cast<std::uint32_t>(kTopV * total[n]) << V::shift(unit));
-        const float unit_factor = 0.5f * factor[n] / static_cast<float>(1 << V::shift(unit));
-        out[unit][n] = fmaf(static_cast<float>(static_cast<std::int32_t>(twice)), unit_factor,
-                            out[unit][n] * rescale[n]);
+        const auto all = static_cast<std::int32_t>(joined(total[n]));
+        float done[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          done[i] = fmaf(twice_centred(sums[i / 2][n] + 2 * (i % 2), 1 << kBitsV, all, 0), 0.5f * factor[n],
+                         out[i][n]);
+#pragma unroll
+        for (int unit = 0; unit < V::kUnits; ++unit)
+          out[unit][n] = unit + 4 < V::kUnits ? out[unit + 4][n] : done[unit + 4 - V::kUnits];
       }
+    }
+  }
+
+  /// What the hybrid scales of the page's values mean, into shared memory. Zero points lie in the order of
+  /// sub-blocks and channels, one for every scale with a sign bit.
+  INNERKV_DEVICE void read_hybrid(const PageArgs& page, int stored) const {
+    constexpr int kEach = D / 32;  // neighbouring channels of this lane
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(page.v + kScalesAtV);
+    std::uint32_t pairs[4][kEach / 2];
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int j = 0; j < kEach / 2; ++j)
+        pairs[s][j] =
+            32 * s < stored ? reinterpret_cast<const std::uint32_t*>(scales + s * D + kEach * lane)[j] : 0u;
+    const unsigned before_me = (1u << lane) - 1u;
+    int before = 0;
+    __syncwarp();  // the last page has been read
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      int rank = before;
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const unsigned asymmetric = __ballot_sync(kFullMask, pairs[s][j / 2] >> (16 * (j % 2) + 15) & 1u);
+        rank += __popc(asymmetric & before_me);
+        before += __popc(asymmetric);
+      }
+      Several<kEach> size, offset;
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const int shift = V::shift(V::kWords * ((kEach * lane + j) / V::kX));
+        const std::uint32_t bits = pairs[s][j / 2] >> (16 * (j % 2));
+        const float magnitude = ptx::float_of(static_cast<std::uint16_t>(bits & 0x7fffu));
+        size.x[j] = magnitude * __int_as_float((127 - shift) << 23);
+        offset.x[j] = -static_cast<float>(1 << (kBitsV - 1)) * magnitude;
+        if (bits >> 15 & 1u) {
+          offset.x[j] = ptx::float_of(page.v_zeros[rank / kZeroExtent][rank % kZeroExtent]);
+          ++rank;
+        }
+      }
+      reinterpret_cast<Several<kEach>*>(hybrid->size[s])[lane] = size;
+      reinterpret_cast<Several<kEach>*>(hybrid->offset[s])[lane] = offset;
+    }
+    __syncwarp();
+  }
+
+  /// Values with a scale per channel and 32 tokens.
+  INNERKV_DEVICE void add_block_values(const PageArgs& page, const float (&p)[K::kUnits][NT],
+                                       const float (&part)[NT]) {
+    const auto* base = reinterpret_cast<const std::uint32_t*>(page.v);
+    [[maybe_unused]] const auto* scales = reinterpret_cast<const std::uint16_t*>(page.v + kScalesAtV);
+    Weights weights[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n)  // the largest p is 1
+      weights[n].pack(g, Weights::kLargest, [&](int unit) { return p[unit][n]; });
+    float sums[V::kUnits][NT] = {};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {  // of empty sub-blocks the weights are 0
+      V low, high;
+      low.load(base, 8 * s + t, g);
+      high.load(base, 8 * s + 4 + t, g);
+      float scale[V::kUnits], offset[V::kUnits];
+      if constexpr (kHybrid) {
+        load_floats(hybrid->size[s], scale);
+        load_floats(hybrid->offset[s], offset);
+      } else {
+        load_units<V>(scales + s * D, g, scale);
+      }
+      std::uint32_t b[NT][2], a[4];
+      std::int32_t all[NT], start[4] = {}, products[4];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        std::int32_t total[4] = {};
+        weights[n].operand(s, g, t, b[n]);
+        add_total(total, b[n]);
+        all[n] = static_cast<std::int32_t>(joined(total));
+      }
+#pragma unroll
+      for (int tile = 0; tile < V::kTiles; ++tile) {
+        load_tile(a, low, high, tile);
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          if constexpr (!kHybrid) start_centred<V>(start, kBitsV, all[n], tile);
+          ptx::mma_m16n8k32<std::uint8_t, typename Weights::Byte>(products, a, b[n], start);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int unit = 2 * tile + i;
+            float& x = sums[unit][n];
+            x = fmaf(product_sum(products + 2 * i), scale[unit], x);
+            if constexpr (kHybrid) x = fmaf(static_cast<float>(all[n]), offset[unit], x);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int unit = 0; unit < V::kUnits; ++unit) {
+        const float factor = part[n] * (1.0f / Weights::kLargest);
+        out[unit][n] =
+            fmaf(sums[unit][n], factor * (kHybrid ? 1.0f : unshifted(V::shift(unit))), out[unit][n]);
+      }
+  }
+  INNERKV_DEVICE void load_floats(const float* from, float (&to)[V::kUnits]) const {
+#pragma unroll
+    for (int unit = 0; unit < V::kUnits; unit += V::kVector) {
+      const auto several =
+          *reinterpret_cast<const Several<V::kVector>*>(from + V::lane_row(g) + V::unit_row(unit));
+#pragma unroll
+      for (int i = 0; i < V::kVector; ++i) to[unit + i] = several.x[i];
+    }
   }
 
   INNERKV_DEVICE void hide_logits(int position, int stored) const {
     if (!request.logits) return;
     for (int r = 0; r < task.rows; ++r)
+#pragma unroll 1
       for (int i = lane; i < stored; i += 32)
-        request.logits[static_cast<std::ptrdiff_t>(row_of(r)) * head.tokens + position + i] = no_score();
+        request.logits[static_cast<std::ptrdiff_t>(row_of(r / 4, r % 4)) * head.tokens + position + i] =
+            no_score();
   }
 
   INNERKV_DEVICE void run() {
+    softcap = kLog2e * rule.softcap;
+    inverse_softcap = rule.softcap > 0 ? kLn2 / rule.softcap : 0.0f;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
+      q_row[n] = row_of(n, g / 2);
+      row[n] = row_of(n, t);
+      end[n] = end_visible(task_row(n, t));
       largest[n] = no_score();
       sum[n] = 0.0f;
 #pragma unroll
       for (int unit = 0; unit < V::kUnits; ++unit) out[unit][n] = 0.0f;
     }
+    const int any_end = end_visible(task.rows - 1), any_first = first_visible(end_visible(0));
+    const int block_pages = rule.block_tokens / kPageTokens;
+    int block = block_pages > 0 ? task.first_tile / block_pages : 0,
+        page_in_block = block_pages > 0 ? task.first_tile % block_pages : 0;
     for (int tile = task.first_tile; tile < task.end_tile; ++tile) {
       const int first = tile * kPageTokens, position = head.sink + first;
-      const int stored = clamp_int(head.v_quantised - first, 0, kPageTokens);
-      const PageArgs& page = head.pages[tile];
-      const bool seen = position < end_visible(task.rows - 1) && position + stored > first_visible(0);
-      if (!page.k || !seen) {
+      const int stored = clamp_int(head.v_quantised - first, 0, kPageTokens), block_now = block;
+      if (++page_in_block == block_pages) {
+        page_in_block = 0;
+        ++block;
+      }
+      const PageArgs page = head.pages[tile];
+      if (!page.k || position >= any_end || position + stored <= any_first) {
         hide_logits(position, stored);
         continue;
       }
-      float scores[K::kUnits][NT], factor[NT], rescale[NT];
-      SplitWord split[4][NT];
-      std::int32_t total[NT];
-      scores_of(page, rule.block_tokens > 0 ? first / rule.block_tokens : 0, scores);
+      if constexpr (kHybrid) read_hybrid(page, stored);
+      float scores[K::kUnits][NT], part[NT];
+      scores_of(page, block_now, scores);
       finish_scores(page, position, stored, scores);
-      weigh(page, stored, scores, split, factor, total, rescale);
-      add_values(page, split, factor, total, rescale);
+      softmax(scores, part);
+      if constexpr (kBlocks)
+        add_block_values(page, scores, part);
+      else if constexpr (kChannelGroups)
+        add_channel_values(page, scores, part);
+      else
+        add_token_values(page, scores, part);
     }
     const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(task.split) * request.rows;
 #pragma unroll
@@ -360,34 +551,46 @@ struct MmaAttention {
 #pragma unroll
       for (int h = 4; h <= 16; h *= 2) sum[n] += __shfl_xor_sync(kFullMask, sum[n], h);
       if (4 * n + t >= task.rows) continue;
-      const std::ptrdiff_t row = at + row_of(4 * n + t);
-      if (g == 0) request.state[row] = {largest[n], sum[n]};
+      const std::ptrdiff_t to = at + row[n];
+      if (g == 0) request.state[to] = {largest[n], sum[n]};
 #pragma unroll
-      for (int unit = 0; unit < V::kUnits; ++unit) request.partial[row * D + V::row(g, unit)] = out[unit][n];
+      for (int unit = 0; unit < V::kUnits; ++unit)
+        (request.partial + to * D + V::lane_row(g))[V::unit_row(unit)] = out[unit][n];
     }
   }
 };
 
 /// Grid: ceil(tasks / 4); 128 threads.
-template <int kBitsK, int kBitsV, int D, int NT>
+template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT>
 INNERKV_KERNEL(32 * kMmaWarps)
 void attend_mma(AttendRule rule, const RequestArgs* requests, const HeadArgs* heads,
                 const PreparedArgs* prepared, const TaskArgs* tasks, int count) {
+  constexpr bool kHybrid = kScalesV == Scales::kTokens32Hybrid;
+  using Hybrid = std::conditional_t<kHybrid, HybridScales<D>, char>;
+  INNERKV_SHARED(Hybrid, hybrid, [kMmaWarps]);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32,
             index = static_cast<int>(blockIdx.x) * kMmaWarps + warp;
   if (index >= count) return;
   const TaskArgs& task = tasks[index];
-  MmaAttention<kBitsK, kBitsV, D, NT> attention{rule,
-                                                requests[task.request],
-                                                heads[task.request * rule.kv_heads + task.kv_head],
-                                                prepared[task.request],
-                                                task,
-                                                lane,
-                                                lane / 4,
-                                                lane % 4,
-                                                {},
-                                                {},
-                                                {}};
+  MmaAttention<kScalesK, kBitsK, kScalesV, kBitsV, D, NT> attention{
+      rule,
+      requests[task.request],
+      heads[task.request * rule.kv_heads + task.kv_head],
+      prepared[task.request],
+      task,
+      lane,
+      lane / 4,
+      lane % 4,
+      nullptr,
+      0.0f,
+      0.0f,
+      {},
+      {},
+      {},
+      {},
+      {},
+      {}};
+  if constexpr (kHybrid) attention.hybrid = &hybrid[warp];
   attention.run();
 }
 

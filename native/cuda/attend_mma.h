@@ -7,11 +7,13 @@
 
 namespace innerkv::gpu {
 
+inline constexpr int kMostGroups = 4;  // of 32 channels
+
 /// One query row in the basis of one block of keys.
 struct PreparedRow {
   float step;  // of the integers
   float constant;
-  std::int32_t total;  // sum of the integers
+  std::int32_t totals[kMostGroups];  // sums of the integers over the channels that share a scale
 };
 
 /// Where prepared queries of a request lie: rows in the order of q.

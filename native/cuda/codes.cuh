@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../format/codes.h"
-#include "portable.h"
+#include "ptx.h"
 
 namespace innerkv::gpu {
 
@@ -18,10 +18,12 @@ struct Codes {
 
   static INNERKV_DEVICE constexpr int cls(int unit) { return unit / kWords; }
   static INNERKV_DEVICE constexpr int word(int unit) { return unit % kWords; }
-  /// Row of a unit: x + X * class.
-  static INNERKV_DEVICE int row(int g, int unit) {
-    return kVector * g + word(unit) % kVector + 8 * kVector * (word(unit) / kVector) + kX * cls(unit);
+  /// Row of a unit, x + X * class: one part is the lane's, the other a constant.
+  static INNERKV_DEVICE constexpr int unit_row(int unit) {
+    return word(unit) % kVector + 8 * kVector * (word(unit) / kVector) + kX * cls(unit);
   }
+  static INNERKV_DEVICE constexpr int lane_row(int g) { return kVector * g; }
+  static INNERKV_DEVICE constexpr int row(int g, int unit) { return lane_row(g) + unit_row(unit); }
   /// Log2 of the factor that the class mask leaves.
   static INNERKV_DEVICE constexpr int shift(int unit) {
     return kBits == 3 ? (cls(unit) < 6 ? 3 * (cls(unit) % 2) : 0) : kBits == 8 ? 0 : kBits * cls(unit);
@@ -29,12 +31,14 @@ struct Codes {
 
   std::uint32_t words[kPlanes][kWords];
 
-  INNERKV_DEVICE void load(const std::uint32_t* base, int quad, int g) {
+  /// Words `first` to `first + count - 1` of a quad's, whole vectors.
+  INNERKV_DEVICE void load(const std::uint32_t* base, int quad, int g, int first = 0, int count = kWords) {
+    base += quad * kPlanes * kX + lane_row(g);
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
-      const std::uint32_t* from = base + (quad * kPlanes + plane) * kX + kVector * g;
+      const std::uint32_t* from = base + plane * kX;
 #pragma unroll
-      for (int v = 0; v < kWords; v += kVector) {
+      for (int v = first; v < first + count; v += kVector) {
         if constexpr (kVector == 4) {
           const uint4 four = *reinterpret_cast<const uint4*>(from + 8 * v);
           words[plane][v] = four.x;
@@ -52,6 +56,13 @@ struct Codes {
     }
   }
 
+  /// Class `first` becomes class 0, and so on; of the first vector.
+  INNERKV_DEVICE void drop_classes(int first) {
+    static_assert(kPlanes == 1);
+#pragma unroll
+    for (int w = 0; w < kVector; ++w) words[0][w] >>= kBits * first;
+  }
+
   /// The four codes of a unit, times 2^shift(unit).
   INNERKV_DEVICE std::uint32_t fragment(int unit) const {
     const int c = cls(unit), w = word(unit);
@@ -64,5 +75,31 @@ struct Codes {
     return words[0][w] & (0x01010101u * ((1u << kBits) - 1u)) << (kBits * c);
   }
 };
+
+/// The binary16 numbers of this lane's rows, one a unit, in vectors of Codes::kVector.
+template <class Matrix>
+INNERKV_DEVICE void load_units(const std::uint16_t* from, int g, float (&to)[Matrix::kUnits]) {
+  constexpr int kVector = Matrix::kVector;
+  from += Matrix::lane_row(g);
+#pragma unroll
+  for (int unit = 0; unit < Matrix::kUnits; unit += kVector) {
+    const std::uint16_t* at = from + Matrix::unit_row(unit);
+    std::uint32_t pairs[2] = {};
+    if constexpr (kVector == 4) {
+      const uint2 two = *reinterpret_cast<const uint2*>(at);
+      pairs[0] = two.x;
+      pairs[1] = two.y;
+    } else if constexpr (kVector == 2) {
+      pairs[0] = *reinterpret_cast<const std::uint32_t*>(at);
+    } else {
+      pairs[0] = *at;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float2 two = ptx::floats_of(pairs[i / 2]);
+      to[unit + i] = i % 2 ? two.y : two.x;
+    }
+  }
+}
 
 }  // namespace innerkv::gpu

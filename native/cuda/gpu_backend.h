@@ -9,6 +9,7 @@
 #include "../core/backend.h"
 #include "args.h"
 #include "device.h"
+#include "routes.h"
 
 namespace innerkv::gpu {
 
@@ -146,6 +147,9 @@ class GpuBackend final : public Backend {
   void close_memory(void* memory) noexcept override;
   void follow_caller() override;
   void settle() override;
+  const char* attention_path(const TensorSpec& k, const TensorSpec& v, int head_dim) const override {
+    return path_of(k, v, head_dim);
+  }
 
  private:
   void run_attention(const AttendRule& rule, bool hadamard_v, std::span<const AttendRequest> requests,
