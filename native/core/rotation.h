@@ -2,6 +2,8 @@
 // section 5.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <map>
@@ -17,6 +19,7 @@ namespace innerkv {
 /// rotary dimensions.
 struct Rotation {
   std::vector<float> cos, sin;  // [head_dim]
+  std::int64_t position = 0;
 };
 
 class RotationTable {
@@ -28,9 +31,14 @@ class RotationTable {
   /// The rotation back from position P, computed on first use. Safe from several threads; references stay
   /// valid.
   const Rotation& at(std::int64_t position) const {
+    // Every task asks once per block: what was found before needs no lock. Positions of blocks are 128 apart.
+    std::atomic<const Rotation*>& place = found_[static_cast<std::size_t>(position / 128) % found_.size()];
+    const Rotation* found = place.load(std::memory_order_acquire);
+    if (found && found->position == position) return *found;
     const std::lock_guard lock(mutex_);
     auto& entry = table_[position];
     if (!entry) entry = std::make_unique<Rotation>(make(position));
+    place.store(entry.get(), std::memory_order_release);
     return *entry;
   }
 
@@ -44,7 +52,7 @@ class RotationTable {
  private:
   Rotation make(std::int64_t position) const {
     Rotation rotation{std::vector<float>(static_cast<std::size_t>(head_dim_), 1.0f),
-                      std::vector<float>(static_cast<std::size_t>(head_dim_), 0.0f)};
+                      std::vector<float>(static_cast<std::size_t>(head_dim_), 0.0f), position};
     const std::size_t pairs = rope_.theta.size();
     for (std::size_t i = 0; i < pairs; ++i) {
       const double angle = static_cast<double>(position) * rope_.theta[i];
@@ -65,6 +73,7 @@ class RotationTable {
  private:
   mutable std::mutex mutex_;
   mutable std::map<std::int64_t, std::unique_ptr<Rotation>> table_;
+  mutable std::array<std::atomic<const Rotation*>, 1024> found_{};
 };
 
 /// First position of the block that holds token index t.

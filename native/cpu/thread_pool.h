@@ -38,15 +38,16 @@ class ThreadPool {
   void take_items(int thread);
   void work(int thread);
 
+  const bool spins_;  // threads wait for the next loop for a while before they sleep
   std::mutex mutex_;
   std::condition_variable wake_, idle_;
   std::vector<std::thread> workers_;
   Body body_ = nullptr;
   void* context_ = nullptr;
-  int items_ = 0, busy_ = 0;
-  std::atomic<int> next_{0};
-  std::uint64_t round_ = 0;
-  bool stop_ = false;
+  int items_ = 0, sleepers_ = 0;
+  std::atomic<int> next_{0}, busy_{0};
+  std::atomic<std::uint64_t> round_{0};
+  std::atomic<bool> stop_{false}, waiting_{false};
 };
 
 }  // namespace innerkv

@@ -3,6 +3,7 @@
 // overlap (calls on one cache) is kept apart by the executor. Results are those of one thread, bit for bit.
 // Made for ThreadSanitizer.
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -41,17 +42,37 @@ TEST("a loop visits every item once, whichever thread calls it, and threads have
   }
 }
 
+TEST("threads that fell asleep, and a caller that waits longer than it would stay awake") {
+  using std::chrono::microseconds;
+  for (const int threads : {2, 5}) {
+    ThreadPool pool(threads);
+    std::atomic<int> visits{0};
+    for (int round = 0; round < 40; ++round) {
+      pool.run(2 * threads, [&](int item, int) {
+        ++visits;
+        if (round % 2 && item >= threads) std::this_thread::sleep_for(microseconds(300));
+      });
+      CHECK(visits == 2 * threads * (round + 1));
+      if (round % 4 > 1) std::this_thread::sleep_for(microseconds(300));
+    }
+  }
+}
+
 TEST("rotations are made once, whoever asks first, and stay where they are") {
   const CacheConfig config = config_of({calibrated()});
   const RotationTable table(config.rope, config.head_dim), alone(config.rope, config.head_dim);
+  // Some of them a multiple of 1,024 blocks apart.
+  const auto position_of = [](int i, int thread) {
+    return ((i * 37 + thread * 11) % 50 + i % 3 * 1024) * std::int64_t{128};
+  };
   std::vector<std::vector<const Rotation*>> seen(4);
   in_threads(4, [&](int thread) {
-    for (int i = 0; i < 200; ++i) seen[at(thread)].push_back(&table.at((i * 37 + thread * 11) % 50 * 128));
+    for (int i = 0; i < 200; ++i) seen[at(thread)].push_back(&table.at(position_of(i, thread)));
   });
   std::size_t same = 0;
   for (int thread = 0; thread < 4; ++thread)
     for (int i = 0; i < 200; ++i) {
-      const std::int64_t position = (i * 37 + thread * 11) % 50 * 128;
+      const std::int64_t position = position_of(i, thread);
       const Rotation& rotation = *seen[at(thread)][at(i)];
       same += &rotation == &table.at(position) && rotation.cos == alone.at(position).cos &&
               rotation.sin == alone.at(position).sin;
