@@ -101,10 +101,25 @@ inline Vec load(const float* at) {
 inline Vec load(const std::uint16_t* at) { return load_half(at); }
 inline void store(float* at, Vec value) { __builtin_memcpy(at, &value, sizeof value); }
 
+/// All lanes put together by an associative operation, in log2(kLanes) rounds.
+template <int kCount = kLanes, class Numbers, class Operation>
+inline auto combine_lanes(const Numbers& v, Operation operation) {
+  if constexpr (kCount == 2) {
+    return operation(v[0], v[1]);
+  } else {
+    typedef __typeof__(v[0] + v[0]) Half __attribute__((vector_size(2 * kCount)));
+    Half low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return combine_lanes<kCount / 2>(operation(low, high), operation);
+  }
+}
+
 inline float max_lanes(Vec v) {
-  float largest = v[0];
-  for (int l = 1; l < kLanes; ++l) largest = v[l] > largest ? v[l] : largest;
-  return largest;
+  return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+inline std::int32_t add_lanes(Ints v) {
+  return combine_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
 float split(const float* x, int count, std::int8_t* hi, std::int8_t* lo, std::int32_t* total) {
@@ -129,9 +144,7 @@ float split(const float* x, int count, std::int8_t* hi, std::int8_t* lo, std::in
     store_bytes(lo + i, whole - (high << 8));
     sum += whole;
   }
-  std::int32_t all = 0;
-  for (int l = 0; l < kLanes; ++l) all += sum[l];
-  *total = all;
+  *total = add_lanes(sum);
   return largest / 32639.0f;
 }
 
