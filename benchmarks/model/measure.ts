@@ -26,7 +26,8 @@ export interface Row {
   readonly cacheBytes: number | undefined;
   /** Of everything up to this context. */
   readonly prefillTokensPerSecond: number;
-  readonly prefillProcessorTokensPerSecond: number;
+  /** Milliseconds per token of all threads. */
+  readonly prefillProcessorMilliseconds: number;
   /** Time of the baseline over this one's, for the same prompt. */
   readonly prefillOverBaseline: number;
   readonly decodeMilliseconds: Spread;
@@ -106,7 +107,7 @@ export async function measure(
         bitsPerValue: one.bitsPerValue,
         cacheBytes: one.cacheBytes(),
         prefillTokensPerSecond: context / total(one, 'seconds'),
-        prefillProcessorTokensPerSecond: context / total(one, 'processorSeconds'),
+        prefillProcessorMilliseconds: (1000 * total(one, 'processorSeconds')) / context,
         prefillOverBaseline: total(baseline, 'seconds') / total(one, 'seconds'),
         decodeMilliseconds: milliseconds,
         decodeTokensPerSecond: 1000 / milliseconds.median,
