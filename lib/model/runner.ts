@@ -31,8 +31,8 @@ import {
 import { type Prompt } from './prompt';
 
 /**
- * `int8`: products with few tokens round activations to 8 bits per 32 channels and use integer dot products, as decoding
- * engines do. `float32`: nothing but the weights is rounded, and a token's result does not depend on its neighbours.
+ * `int8`: products with quantised weights round activations to 8 bits per 32 channels and use integer dot products, as
+ * decoding engines do. `float32`: nothing but the weights is rounded, and a token's result does not depend on its neighbours.
  */
 export type Activations = 'int8' | 'float32';
 

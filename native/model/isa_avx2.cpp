@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kLanes = 8, kRowTile = 4, kTokenTile = 3;
 using Vec = float __attribute__((vector_size(32)));
+using Ints = std::int32_t __attribute__((vector_size(32)));
 using Wide = Vec;
 
 INNERKV_HD Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -23,6 +24,11 @@ template <bool kSigned>
 INNERKV_HD Vec widen(const std::uint8_t* codes) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
   return (Vec)_mm256_cvtepi32_ps(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+}
+INNERKV_HD void store_bytes(std::int8_t* at, Ints v) {
+  const __m256i x = (__m256i)v;
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(at), _mm_packs_epi16(words, words));
 }
 INNERKV_HD float sum_lanes(Vec v) {
   const __m256 x = (__m256)v;
@@ -45,7 +51,47 @@ INNERKV_HD Wide dot_signed(const Packed& codes, const Packed& x) {
   return dot_pairs(_mm256_abs_epi8((__m256i)codes), _mm256_sign_epi8((__m256i)x, (__m256i)codes));
 }
 
+/// Dot products of as many leading columns as whole runs cover, faster than block by block; returns their
+/// number.
+template <TensorType kType, int kVectors>
+INNERKV_HD int dot_runs(const std::uint8_t*, int, const ByteActivations&, float*) {
+  return 0;
+}
+
+// For packed.inl.h: sums[v][i] += products of the columns of a group, kLanes rows in a register.
+constexpr int kPackedTiles = 2, kPackedVectors = 2;
+constexpr bool kSignedCodes = true;
+template <TensorType kType, int kQuads, int kVectors, int kTiles>
+INNERKV_HD void dot_group(const std::uint8_t* codes, const std::int8_t* x, std::ptrdiff_t stride,
+                          Ints (&sums)[kVectors][kTiles]) {
+  // Quads whose sums of two products stay below 2^15 together: 2 * 127 * the largest code * kRun.
+  constexpr bool kBytes = kType == TensorType::kQ8_0;
+  constexpr int kMost = kBytes                                                     ? 1
+                        : kType == TensorType::kQ6_K                               ? 2
+                        : kType == TensorType::kQ5_0 || kType == TensorType::kQ5_1 ? 4
+                                                                                   : 8;
+  constexpr int kRun = kMost < kQuads ? kMost : kQuads;
+  for (int first = 0; first < kQuads; first += kRun) {
+    __m256i pairs[kVectors][kTiles] = {};
+    for (int quad = first; quad < first + kRun; ++quad)
+      for (int v = 0; v < kVectors; ++v) {
+        const __m256i four = _mm256_set1_epi32(load_as<std::int32_t>(x + v * stride + 4 * quad));
+        for (int i = 0; i < kTiles; ++i) {
+          const __m256i code = load_as<__m256i>(codes + (quad * kPanelRows + i * kLanes) * 4);
+          const __m256i products =
+              kBytes ? _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(four, code))
+                     : _mm256_maddubs_epi16(code, four);
+          pairs[v][i] = _mm256_add_epi16(pairs[v][i], products);
+        }
+      }
+    for (int v = 0; v < kVectors; ++v)
+      for (int i = 0; i < kTiles; ++i)
+        sums[v][i] += (Ints)_mm256_madd_epi16(pairs[v][i], _mm256_set1_epi16(1));
+  }
+}
+
 #include "kernels.inl.h"
+#include "packed.inl.h"
 
 constexpr ModelKernels kTable = table("avx2");
 

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kLanes = 4, kRowTile = 4, kTokenTile = 4;
 using Vec = float __attribute__((vector_size(16)));
+using Ints = std::int32_t __attribute__((vector_size(16)));
 using Wide = float __attribute__((vector_size(32)));
 
 INNERKV_HD Vec fma(Vec a, Vec b, Vec c) {
@@ -37,6 +38,9 @@ INNERKV_HD Vec widen(const std::uint8_t* codes) {
     values[i] = static_cast<float>(kSigned ? static_cast<std::int8_t>(codes[i]) : codes[i]);
   return values;
 }
+INNERKV_HD void store_bytes(std::int8_t* at, Ints v) {
+  for (int l = 0; l < kLanes; ++l) at[l] = static_cast<std::int8_t>(v[l]);
+}
 INNERKV_HD float sum_lanes(Vec v) { return vaddvq_f32((float32x4_t)v); }
 
 // Unsigned codes have at most 6 bits here, so they are signed bytes too.
@@ -56,7 +60,32 @@ INNERKV_HD Wide dot_unsigned(const Packed& codes, const Packed& x) {
   return dot_signed(codes, x);
 }
 
+/// Dot products of as many leading columns as whole runs cover, faster than block by block; returns their
+/// number.
+template <TensorType kType, int kVectors>
+INNERKV_HD int dot_runs(const std::uint8_t*, int, const ByteActivations&, float*) {
+  return 0;
+}
+
+// For packed.inl.h: sums[v][i] += products of the columns of a group, kLanes rows in a register.
+constexpr int kPackedTiles = 2, kPackedVectors = 4;
+constexpr bool kSignedCodes = true;
+template <TensorType kType, int kQuads, int kVectors, int kTiles>
+INNERKV_HD void dot_group(const std::uint8_t* codes, const std::int8_t* x, std::ptrdiff_t stride,
+                          Ints (&sums)[kVectors][kTiles]) {
+  for (int quad = 0; quad < kQuads; ++quad)
+    for (int i = 0; i < kTiles; ++i) {
+      const int8x16_t code = vreinterpretq_s8_u8(vld1q_u8(codes + (quad * kPanelRows + i * kLanes) * 4));
+      for (int v = 0; v < kVectors; ++v) {
+        const int8x16_t four =
+            vreinterpretq_s8_s32(vdupq_n_s32(load_as<std::int32_t>(x + v * stride + 4 * quad)));
+        sums[v][i] = (Ints)vdotq_s32((int32x4_t)sums[v][i], code, four);
+      }
+    }
+}
+
 #include "kernels.inl.h"
+#include "packed.inl.h"
 
 constexpr ModelKernels kTable = table("neon");
 

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kLanes = 4, kRowTile = 4, kTokenTile = 2;
 using Vec = float __attribute__((vector_size(16)));
+using Ints = std::int32_t __attribute__((vector_size(16)));
 
 INNERKV_HD Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 INNERKV_HD Vec load_half(const std::uint8_t* at) {
@@ -23,6 +24,9 @@ INNERKV_HD Vec widen(const std::uint8_t* codes) {
   for (int i = 0; i < kLanes; ++i)
     values[i] = static_cast<float>(kSigned ? static_cast<std::int8_t>(codes[i]) : codes[i]);
   return values;
+}
+INNERKV_HD void store_bytes(std::int8_t* at, Ints v) {
+  for (int l = 0; l < kLanes; ++l) at[l] = static_cast<std::int8_t>(v[l]);
 }
 INNERKV_HD float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
@@ -51,7 +55,32 @@ INNERKV_HD Wide dot_signed(const Packed& codes, const Packed& x) {
   return dot_bytes<std::int8_t>(codes, x);
 }
 
+/// Dot products of as many leading columns as whole runs cover, faster than block by block; returns their
+/// number.
+template <TensorType kType, int kVectors>
+INNERKV_HD int dot_runs(const std::uint8_t*, int, const ByteActivations&, float*) {
+  return 0;
+}
+
+// For packed.inl.h: sums[v][i] += products of the columns of a group, kLanes rows in a register.
+constexpr int kPackedTiles = 2, kPackedVectors = 2;
+constexpr bool kSignedCodes = true;
+template <TensorType kType, int kQuads, int kVectors, int kTiles>
+INNERKV_HD void dot_group(const std::uint8_t* codes, const std::int8_t* x, std::ptrdiff_t stride,
+                          Ints (&sums)[kVectors][kTiles]) {
+  for (int quad = 0; quad < kQuads; ++quad)
+    for (int i = 0; i < kTiles; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        for (int l = 0; l < kLanes; ++l)
+          for (int c = 0; c < 4; ++c) {
+            const std::uint8_t code = codes[(quad * kPanelRows + i * kLanes + l) * 4 + c];
+            sums[v][i][l] += (kType == TensorType::kQ8_0 ? static_cast<std::int8_t>(code) : code) *
+                             x[v * stride + 4 * quad + c];
+          }
+}
+
 #include "kernels.inl.h"
+#include "packed.inl.h"
 
 constexpr ModelKernels kTable = table("scalar");
 

@@ -11,6 +11,7 @@
 namespace innerkv {
 
 inline constexpr int kActivationGroup = 32;  // activations that share a step
+inline constexpr int kPanelRows = 32;        // rows of weights that are unpacked together
 inline constexpr int kFloatPadding = 16;     // rows of floats are padded with zeros to a multiple of it
 
 constexpr int padded(int columns) { return (columns + kFloatPadding - 1) / kFloatPadding * kFloatPadding; }
@@ -40,6 +41,30 @@ struct IntegerDotArgs {
   std::ptrdiff_t out_stride;
 };
 
+/// kPanelRows rows of quantised weights in the layout of products with many vectors.
+struct PackedRows {
+  std::uint8_t* codes;      // [columns / 4][kPanelRows][4]
+  float *scales, *offsets;  // [columns that share them][kPanelRows], at most columns / 16
+};
+
+struct PackArgs {
+  TensorType type;
+  const std::uint8_t* weights;  // [rows] of whole blocks, row_bytes apart
+  std::size_t row_bytes;
+  int rows, columns;  // rows <= kPanelRows; those that are missing become zeros
+  PackedRows to;
+};
+
+/// As IntegerDotArgs, and the sums of a vector do not depend on how many there are.
+struct PackedDotArgs {
+  TensorType type;
+  PackedRows panel;
+  int rows, columns, vectors;
+  ByteActivations x;
+  float* out;
+  std::ptrdiff_t out_stride;
+};
+
 /// out[t * out_stride + r] = sum over k of w[r * stride + k] * x[t * stride + k]. Sums are made in an order
 /// that depends on `stride` only, so a token's result does not depend on how many others there are.
 struct FloatDotArgs {
@@ -58,6 +83,8 @@ struct ModelKernels {
   /// One vector (columns a multiple of 32) to 8 bits.
   void (*quantise)(const float* x, int columns, const ByteActivations& to);
   void (*integer_dot)(const IntegerDotArgs& args);
+  void (*pack)(const PackArgs& args);
+  void (*packed_dot)(const PackedDotArgs& args);
   void (*float_dot)(const FloatDotArgs& args);
   /// gate[i] <- gate[i] / (1 + exp(-gate[i])) * up[i], count a multiple of 16.
   void (*swiglu)(float* gate, const float* up, int count);

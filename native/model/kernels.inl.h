@@ -1,11 +1,27 @@
 // Bodies shared by all instruction sets, included once by each isa_*.cpp inside its own unnamed namespace,
-// after it has defined: kLanes, kRowTile, kTokenTile, Vec (kLanes floats), fma, load_half, sum_lanes,
-// dot_unsigned, dot_signed. Nothing here is visible outside the file.
+// after it has defined: kLanes, kRowTile, kTokenTile, Vec and Ints (kLanes numbers), fma, load_half,
+// sum_lanes, store_bytes, dot_unsigned, dot_signed, dot_runs, dot_group. Nothing here is visible outside the
+// file.
 
 using Bytes = std::uint8_t __attribute__((vector_size(32)));
 using Bytes8 = std::uint8_t __attribute__((vector_size(8)));
 using Bytes16 = std::uint8_t __attribute__((vector_size(16)));
 using Floats8 = float __attribute__((vector_size(32)));
+
+/// All lanes put together in log2(kCount) rounds: halves first.
+template <int kCount, class Numbers, class Operation>
+INNERKV_HD auto combine_lanes(const Numbers& v, Operation operation) {
+  if constexpr (kCount == 2) {
+    return operation(v[0], v[1]);
+  } else {
+    typedef __typeof__(v[0] + v[0]) Half
+        __attribute__((vector_size(2 * kCount)));  // an alias would lose the attribute
+    Half low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return combine_lanes<kCount / 2>(operation(low, high), operation);
+  }
+}
 
 // ---- blocks of 32 codes: value = scale[h] * code + offset[h], h = 0 for the first 16 and 1 for the others
 // ----
@@ -207,26 +223,29 @@ void float_dot(const FloatDotArgs& args) {
 // ---- integers ----
 
 void quantise(const float* x, int columns, const ByteActivations& to) {
+  constexpr int kVecs = kActivationGroup / kLanes;
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  const auto add = [](auto a, auto b) { return a + b; };
   for (int first = 0; first < columns; first += kActivationGroup) {
-    const float* from = x + first;
-    std::uint32_t largest_bits = 0;  // magnitudes order like their bits
-    for (int i = 0; i < kActivationGroup; ++i) {
-      const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, from[i]) & 0x7fffffffu;
-      largest_bits = bits > largest_bits ? bits : largest_bits;
+    Vec from[kVecs];
+    Ints most{};  // magnitudes order like their bits
+    for (int i = 0; i < kVecs; ++i) {
+      from[i] = load_as<Vec>(x + first + i * kLanes);
+      most = larger(most, (Ints)from[i] & 0x7fffffff);
     }
-    const float largest = __builtin_bit_cast(float, largest_bits), step = largest / 127;
+    const float largest = __builtin_bit_cast(float, combine_lanes<kLanes>(most, larger)),
+                step = largest / 127;
     const float inverse = largest > 1e-30f ? 127 / largest : 0;
     constexpr float kRound = 12582912;  // 1.5 * 2^23: its last bit is worth 1, so adding it rounds
-    int codes[kActivationGroup];
-    for (int i = 0; i < kActivationGroup; ++i)
-      codes[i] = __builtin_bit_cast(std::int32_t, from[i] * inverse + kRound) - 0x4b400000;
-    for (int i = 0; i < kActivationGroup; ++i) to.codes[first + i] = static_cast<std::int8_t>(codes[i]);
-    to.steps[first / 32] = step;
-    for (int half = 0; half < 2; ++half) {
-      int sum = 0;
-      for (int i = 0; i < 16; ++i) sum += codes[16 * half + i];
-      to.totals[first / 16 + half] = step * static_cast<float>(sum);
+    Ints sums[2] = {};                  // of the halves
+    for (int i = 0; i < kVecs; ++i) {
+      const Ints codes = (Ints)(from[i] * inverse + kRound) - 0x4b400000;
+      store_bytes(to.codes + first + i * kLanes, codes);
+      sums[2 * i / kVecs] += codes;
     }
+    to.steps[first / 32] = step;
+    for (int half = 0; half < 2; ++half)
+      to.totals[first / 16 + half] = step * static_cast<float>(combine_lanes<kLanes>(sums[half], add));
   }
 }
 
@@ -234,38 +253,38 @@ template <TensorType kType, int kVectors>
 void integer_rows(const IntegerDotArgs& args, int vector) {
   using B = Block<kType>;
   const std::ptrdiff_t columns = args.columns;
-  const std::int8_t* x = args.x.codes + vector * columns;
-  const float *steps = args.x.steps + vector * (columns / 32),
-              *totals = args.x.totals + vector * (columns / 16);
+  const ByteActivations x{args.x.codes + vector * columns, args.x.steps + vector * (columns / 32),
+                          args.x.totals + vector * (columns / 16)};
   for (int row = 0; row < args.rows; ++row) {
+    const std::uint8_t* weights = args.weights + static_cast<std::size_t>(row) * args.row_bytes;
     Floats8 sum[kVectors] = {};
-    float offsets[kVectors] = {};
-    for_parts<kType>(args.weights + static_cast<std::size_t>(row) * args.row_bytes, args.columns,
-                     [&](const Codes& part, int first) {
-                       for (int v = 0; v < kVectors; ++v) {
-                         const Bytes bytes = load_as<Bytes>(x + v * columns + first);
-                         const float step = steps[v * (columns / 32) + first / 32];
-                         const float* total = totals + v * (columns / 16) + first / 16;
-                         Floats8 factor;
-                         if constexpr (B::kHalves) {
-                           const float a = part.scale[0] * step, b = part.scale[1] * step;
-                           factor = Floats8{a, a, a, a, b, b, b, b};
-                         } else {
-                           factor = Floats8{} + part.scale[0] * step;
-                         }
-                         const Floats8 dots =
-                             B::kSigned ? dot_signed(part.codes, bytes) : dot_unsigned(part.codes, bytes);
-                         sum[v] = fma8(dots, factor, sum[v]);
-                         if constexpr (B::kHalves)
-                           offsets[v] += part.offset[0] * total[0] + part.offset[1] * total[1];
-                         else if constexpr (!B::kSigned)
-                           offsets[v] += part.offset[0] * (total[0] + total[1]);
-                       }
-                     });
+    float others[kVectors] = {};
+    const int done = dot_runs<kType, kVectors>(weights, args.columns, x, others);
+    weights += done / info_of(kType).elements * info_of(kType).bytes;
+    for_parts<kType>(weights, args.columns - done, [&](const Codes& part, int after) {
+      const int first = done + after;
+      for (int v = 0; v < kVectors; ++v) {
+        const Bytes bytes = load_as<Bytes>(x.codes + v * columns + first);
+        const float step = x.steps[v * (columns / 32) + first / 32];
+        const float* total = x.totals + v * (columns / 16) + first / 16;
+        Floats8 factor;
+        if constexpr (B::kHalves) {
+          const float a = part.scale[0] * step, b = part.scale[1] * step;
+          factor = Floats8{a, a, a, a, b, b, b, b};
+        } else {
+          factor = Floats8{} + part.scale[0] * step;
+        }
+        const Floats8 dots = B::kSigned ? dot_signed(part.codes, bytes) : dot_unsigned(part.codes, bytes);
+        sum[v] = fma8(dots, factor, sum[v]);
+        if constexpr (B::kHalves)
+          others[v] += part.offset[0] * total[0] + part.offset[1] * total[1];
+        else if constexpr (!B::kSigned)
+          others[v] += part.offset[0] * (total[0] + total[1]);
+      }
+    });
     for (int v = 0; v < kVectors; ++v) {
-      float all = 0;
-      for (int l = 0; l < 4; ++l) all += sum[v][l] + sum[v][l + 4];
-      args.out[(vector + v) * args.out_stride + row] = all + offsets[v];
+      const float all = combine_lanes<8>(sum[v], [](auto a, auto b) { return a + b; });
+      args.out[(vector + v) * args.out_stride + row] = all + others[v];
     }
   }
 }
@@ -283,7 +302,6 @@ void integer_dot(const IntegerDotArgs& args) {
 
 /// exp(x) to 2 ulp for x in [-87, 88]; below and above it stays at the border.
 INNERKV_HD Vec exponential(Vec x) {
-  using Ints = std::int32_t __attribute__((vector_size(sizeof(Vec))));
   const Vec low = Vec{} - 87.0f, high = Vec{} + 88.0f;
   x = x < low ? low : x;
   x = x > high ? high : x;
@@ -317,8 +335,4 @@ double sum_exp(const float* x, int count, float shift) {
   }
   for (; i < count; ++i) sum += static_cast<double>(exponential(Vec{} + (x[i] - shift))[0]);
   return sum;
-}
-
-constexpr ModelKernels table(const char* isa) {
-  return {isa, dequantise, quantise, integer_dot, float_dot, swiglu, sum_exp};
 }

@@ -29,7 +29,7 @@ struct ForwardOptions {
   /// Tokens of a sequence that a layer appends before it attends. With 1 every query sees the cache as it was
   /// when its token was the newest, as in decoding.
   int step = 512;
-  bool byte_activations = true;  // in products with few tokens
+  bool byte_activations = true;  // in products with quantised weights
 };
 
 /// Where a pass spent its time, in seconds; the rest is norms, rotations and the like.

@@ -88,45 +88,145 @@ TEST("dequantised weights and rounded activations are the same bits everywhere")
   }
 }
 
-TEST("integer dot products are exact but for the roundings of their scales") {
+/// Products of random rows of weights and vectors of bytes, and what they should be.
+struct Products {
+  TensorType type;
+  int rows, columns, vectors;
+  Blocks weights;
+  std::vector<std::int8_t> codes;
+  std::vector<float> steps, totals;
+
+  Products(const ModelKernels& table, TensorType kind, int r, int c, int v, check::Random& random)
+      : type(kind),
+        rows(r),
+        columns(c),
+        vectors(v),
+        weights(blocks_of(kind, r * c, random)),
+        codes(at(v * c)),
+        steps(at(v * c / 32)),
+        totals(at(v * c / 16)) {
+    const std::vector<float> x = normals(v * c, random);
+    for (int i = 0; i < v; ++i) table.quantise(x.data() + i * c, c, of(i));
+  }
+
+  std::size_t row_bytes() const { return at(columns / info_of(type).elements * info_of(type).bytes); }
+  ByteActivations of(int v) {
+    return {codes.data() + v * columns, steps.data() + v * columns / 32, totals.data() + v * columns / 16};
+  }
+
+  /// Checks out[vector * stride + row]; a product rounds scales, offsets and sums.
+  void check(const ModelKernels& table, const std::vector<float>& out, int stride) {
+    std::vector<float> w(at(rows * columns));
+    table.dequantise(type, weights.data(), rows * columns, w.data());
+    const double offset = type == TensorType::kTernary ? 5 : 1.5;  // largest code and offset
+    for (int v = 0; v < vectors; ++v)
+      for (int r = 0; r < rows; ++r) {
+        double exact = 0, size = 0;
+        for (int k = 0; k < columns; ++k) {
+          const double weight = static_cast<double>(w[at(r * columns + k)]),
+                       value = codes[at(v * columns + k)] *
+                               static_cast<double>(steps[at((v * columns + k) / 32)]);
+          exact += weight * value;
+          size += (std::abs(weight) + offset) * std::abs(value);
+        }
+        CHECK_WITH(std::abs(static_cast<double>(out[at(v * stride + r)]) - exact) <= 32 * kUnit * size,
+                   std::string(table.isa) + " " + info_of(type).name);
+      }
+  }
+};
+
+constexpr TensorType kQuantised[] = {TensorType::kQ8_0, TensorType::kQ4_0,   TensorType::kQ4_1,
+                                     TensorType::kQ5_0, TensorType::kQ5_1,   TensorType::kQ4_K,
+                                     TensorType::kQ6_K, TensorType::kTernary};
+
+TEST(
+    "integer dot products are exact but for the roundings of their scales, and no vector depends on "
+    "another") {
   check::Random random(2);
   for (const ModelKernels* table : tables())
-    for (const TensorType type :
-         {TensorType::kQ8_0, TensorType::kQ4_0, TensorType::kQ4_1, TensorType::kQ5_0, TensorType::kQ5_1,
-          TensorType::kQ4_K, TensorType::kQ6_K, TensorType::kTernary})
-      for (const int vectors : {1, 3, 4, 9}) {
-        const int columns = 512, rows = 5;
-        const double offset = type == TensorType::kTernary ? 5 : 1.5;  // largest code and offset
-        const Blocks weights = blocks_of(type, rows * columns, random);
-        const std::vector<float> x = normals(vectors * columns, random);
-        std::vector<std::int8_t> codes(at(vectors * columns));
-        std::vector<float> steps(at(vectors * columns / 32)), totals(at(vectors * columns / 16));
-        const auto of = [&](int v) {
-          return ByteActivations{codes.data() + v * columns, steps.data() + v * columns / 32,
-                                 totals.data() + v * columns / 16};
-        };
-        for (int v = 0; v < vectors; ++v) table->quantise(x.data() + v * columns, columns, of(v));
-        const int stride = rows + 2;
-        std::vector<float> out(at(vectors * stride), 77.0f), w(at(rows * columns));
-        table->integer_dot({type, weights.data(),
-                            w.size() / at(rows * info_of(type).elements) * at(info_of(type).bytes), rows,
-                            columns, vectors, of(0), out.data(), stride});
-        table->dequantise(type, weights.data(), rows * columns, w.data());
-        for (int v = 0; v < vectors; ++v) {
-          for (int r = 0; r < rows; ++r) {
-            double exact = 0, size = 0;
-            for (int k = 0; k < columns; ++k) {
-              const double value =
-                  codes[at(v * columns + k)] * static_cast<double>(steps[at((v * columns + k) / 32)]);
-              exact += static_cast<double>(w[at(r * columns + k)]) * value;
-              size += (std::abs(static_cast<double>(w[at(r * columns + k)])) + offset) * std::abs(value);
-            }
-            CHECK_WITH(std::abs(static_cast<double>(out[at(v * stride + r)]) - exact) <= 32 * kUnit * size,
-                       std::string(table->isa) + " " + info_of(type).name);
+    for (const TensorType type : kQuantised)
+      for (const int columns : {256, 768, 1536})  // whole runs of blocks, and some blocks more
+        for (const int vectors : {1, 3, 4, 9}) {
+          Products products(*table, type, 5, columns, vectors, random);
+          const int stride = products.rows + 2;
+          std::vector<float> out(at(vectors * stride), 77.0f), alone(at(products.rows));
+          IntegerDotArgs args{type,    products.weights.data(), products.row_bytes(), products.rows, columns,
+                              vectors, products.of(0),          out.data(),           stride};
+          table->integer_dot(args);
+          products.check(*table, out, stride);
+          args.vectors = 1;
+          args.out = alone.data();
+          for (int v = 0; v < vectors; ++v) {
+            args.x = products.of(v);
+            table->integer_dot(args);
+            for (int r = 0; r < products.rows; ++r) CHECK(out[at(v * stride + r)] == alone[at(r)]);
+            CHECK(out[at(v * stride + products.rows)] == 77.0f);
           }
-          CHECK(out[at(v * stride + rows)] == 77.0f);
         }
-      }
+}
+
+TEST("packed products: likewise, for any number of rows") {
+  check::Random random(5);
+  for (const ModelKernels* table : tables())
+    for (const TensorType type : kQuantised)
+      for (const int rows : {1, 7, 16, 19, kPanelRows})
+        for (const int vectors : {1, 2, 6, 13}) {
+          const int columns = 512, stride = rows + 2;
+          Products products(*table, type, rows, columns, vectors, random);
+          std::vector<std::uint8_t> codes(at(columns * kPanelRows), 0x5a);
+          std::vector<float> scales(at(columns * kPanelRows / 16), 1e30f), offsets = scales;
+          const PackedRows panel{codes.data(), scales.data(), offsets.data()};
+          table->pack({type, products.weights.data(), products.row_bytes(), rows, columns, panel});
+          std::vector<float> out(at(vectors * stride), 77.0f), alone(at(rows));
+          table->packed_dot({type, panel, rows, columns, vectors, products.of(0), out.data(), stride});
+          products.check(*table, out, stride);
+          for (int v = 0; v < vectors; ++v) {
+            table->packed_dot({type, panel, rows, columns, 1, products.of(v), alone.data(), rows});
+            for (int r = 0; r < rows; ++r) CHECK(out[at(v * stride + r)] == alone[at(r)]);
+            CHECK(out[at(v * stride + rows)] == 77.0f && out[at(v * stride + rows + 1)] == 77.0f);
+          }
+        }
+}
+
+TEST("packed products of the largest codes and activations do not overflow") {
+  check::Random random(6);
+  for (const ModelKernels* table : tables())
+    for (const TensorType type : kQuantised)
+      for (const std::int8_t x : {std::int8_t{127}, std::int8_t{-127}})
+        for (const int fill : {0x00, 0x7f, 0x80, 0xff}) {
+          const int columns = 256;
+          Blocks weights = blocks_of(type, columns, random);
+          const TensorTypeInfo& info = info_of(type);
+          const int first =
+              type == TensorType::kQ4_1 || type == TensorType::kQ5_1 || type == TensorType::kQ4_K ? 4
+              : type == TensorType::kQ6_K || type == TensorType::kTernary                         ? 0
+                                                                                                  : 2;
+          const int end = type == TensorType::kQ6_K ? 208 : info.bytes;  // its scale stands behind the codes
+          for (int b = 0; b < columns / info.elements; ++b)
+            std::fill_n(weights.bytes.begin() + 1 + b * info.bytes + first, end - first,
+                        static_cast<std::uint8_t>(fill));
+          std::vector<std::int8_t> bytes(at(columns), x);
+          std::vector<float> steps(at(columns / 32), 1.0f),
+              totals(at(columns / 16), 16.0f * static_cast<float>(x));
+          const ByteActivations activations{bytes.data(), steps.data(), totals.data()};
+          std::vector<std::uint8_t> codes(at(columns * kPanelRows));
+          std::vector<float> scales(at(columns * kPanelRows / 16)), offsets = scales, w(at(columns));
+          const PackedRows panel{codes.data(), scales.data(), offsets.data()};
+          const std::size_t row_bytes = weights.bytes.size() - 1;
+          float packed = 0, plain = 0;
+          table->pack({type, weights.data(), row_bytes, 1, columns, panel});
+          table->packed_dot({type, panel, 1, columns, 1, activations, &packed, 1});
+          table->integer_dot({type, weights.data(), row_bytes, 1, columns, 1, activations, &plain, 1});
+          table->dequantise(type, weights.data(), columns, w.data());
+          double exact = 0, size = 0;
+          for (const float weight : w) {
+            exact += static_cast<double>(weight) * x;
+            size += (2 * std::abs(static_cast<double>(weight)) + 5) * 127;
+          }
+          for (const float found : {packed, plain})
+            CHECK_WITH(std::abs(static_cast<double>(found) - exact) <= 32 * kUnit * size,
+                       std::string(table->isa) + " " + info_of(type).name);
+        }
 }
 
 TEST("float32 products: within the error of their sums, and no token depends on another") {
