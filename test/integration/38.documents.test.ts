@@ -48,6 +48,24 @@ test('the examples of docs/runner.md run', async () => {
   ]);
 });
 
+test('docs/cuda.md has the table of attend_mma as native/cuda/routes.h has it', () => {
+  const read = (...path: string[]): string => readFileSync(join(__dirname, '..', '..', ...path), 'utf8');
+  const scales = {
+    Token: '`token`',
+    Channels32: '`channels32`',
+    Tokens32: '`tokens32`',
+    Tokens32Hybrid: '`tokens32` hybrid',
+  };
+  const cell = (name: string, bits: string): string => `${bits} bits ${scales[name as keyof typeof scales]}`;
+  const routes = read('native', 'cuda', 'routes.h').matchAll(
+    /\{Scales::k(\w+), (\d), Scales::k(\w+), (\d)\}/g,
+  );
+  const rows = read('docs', 'cuda.md').matchAll(/^\| (\d bits `[^|]+) \| (\d bits `[^|]+) \| .+ \|$/gm);
+  expect([...rows].map(([, k, v]) => `${k}, ${v}`)).toEqual(
+    [...routes].map(([, k, kBits, v, vBits]) => `${cell(k!, kBits!)}, ${cell(v!, vBits!)}`),
+  );
+});
+
 test('docs/errors.md has every code once', () => {
   const text = readFileSync(join(__dirname, '..', '..', 'docs', 'errors.md'), 'utf8');
   const rows = [...text.matchAll(/^\| `(ERR_\w+)` \| .+ \| .+ \|$/gm)].map(([, code]) => code);
