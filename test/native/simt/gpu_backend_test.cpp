@@ -133,15 +133,17 @@ std::vector<Job> jobs_of(const std::shared_ptr<Cache>& cache, const Tokens& toke
 TEST("attention on integer tensor cores: every route, rows, masks, removed tokens, ragged batches") {
   std::vector<Shape> shapes;
   for (const gpu::Route& route : gpu::kMmaRoutes)
-    for (const int head_dim : gpu::kMmaHeadDims) {
-      const bool other = head_dim == 128;
-      const TensorSpec k = gpu::a_spec(route.k, route.k_bits, other),
-                       v = gpu::a_spec(route.v, route.v_bits, other);
-      const int group = 1 + static_cast<int>(shapes.size()) % 4;
-      const bool blocks = route.k == gpu::Scales::kToken && route.v_bits == 2, editable = v.per_token();
-      shapes.push_back({k, v, head_dim, group, 1, blocks});
-      shapes.push_back({k, v, head_dim, 8 - group, 1, false, 150, 4.0f, true, editable});
-    }
+    for (const int head_dim : gpu::kMmaHeadDims)
+      for (const bool other : {false, true}) {  // spec, and 4 rows or 8 with masks
+        const TensorSpec k = gpu::a_spec(route.k, route.k_bits, other),
+                         v = gpu::a_spec(route.v, route.v_bits, other);
+        const int group = 1 + static_cast<int>(shapes.size()) / 2 % 4;
+        const bool blocks = route.k == gpu::Scales::kToken && route.v_bits == 2, editable = v.per_token();
+        if (other)
+          shapes.push_back({k, v, head_dim, 8 - group, 1, false, 150, 4.0f, true, editable});
+        else
+          shapes.push_back({k, v, head_dim, group, 1, blocks});
+      }
   const auto per_token = [](int bits) { return TensorSpec{bits, Group::kToken, Mode::kMidRise}; };
   const TensorSpec innerq_k{3, Group::kChannels32, Mode::kZeroLevel},
       innerq_v{2, Group::kTokens32, Mode::kHybrid};
