@@ -66,7 +66,9 @@ void dot(const DotArgs& all) {
     const int left = all.vectors - done;
     if (left >= 4)
       dot_vectors<4>(args), done += 4;
-    else if (left >= 2)
+    else if (left == 3)
+      dot_vectors<3>(args), done += 3;
+    else if (left == 2)
       dot_vectors<2>(args), done += 2;
     else
       dot_vectors<1>(args), done += 1;

@@ -101,25 +101,35 @@ inline Vec load(const float* at) {
 inline Vec load(const std::uint16_t* at) { return load_half(at); }
 inline void store(float* at, Vec value) { __builtin_memcpy(at, &value, sizeof value); }
 
-/// All lanes put together by an associative operation, in log2(kLanes) rounds.
-template <int kCount = kLanes, class Numbers, class Operation>
-inline auto combine_lanes(const Numbers& v, Operation operation) {
-  if constexpr (kCount == 2) {
-    return operation(v[0], v[1]);
+template <int kBytes>
+struct IndexOf {
+  typedef std::int32_t Type __attribute__((vector_size(kBytes)));  // an alias would lose the attribute
+};
+
+/// Every lane becomes all lanes put together, in log2 rounds. By shuffles: taken apart through memory, a
+/// running value would live there.
+template <int kDistance, class Numbers, class Operation>
+inline Numbers combine_lanes(Numbers v, Operation operation) {
+  if constexpr (kDistance == 0) {
+    return v;
   } else {
-    typedef __typeof__(v[0] + v[0]) Half __attribute__((vector_size(2 * kCount)));
-    Half low, high;
-    __builtin_memcpy(&low, &v, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return combine_lanes<kCount / 2>(operation(low, high), operation);
+    Numbers swapped;
+#if defined(__clang__)  // sees through the loop
+    for (int l = 0; l < static_cast<int>(sizeof(Numbers) / 4); ++l) swapped[l] = v[l ^ kDistance];
+#else
+    typename IndexOf<sizeof(Numbers)>::Type partner;
+    for (int l = 0; l < static_cast<int>(sizeof(Numbers) / 4); ++l) partner[l] = l ^ kDistance;
+    swapped = __builtin_shuffle(v, partner);
+#endif
+    return combine_lanes<kDistance / 2>(operation(v, swapped), operation);
   }
 }
 
 inline float max_lanes(Vec v) {
-  return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+  return combine_lanes<kLanes / 2>(v, [](auto a, auto b) { return a > b ? a : b; })[0];
 }
 inline std::int32_t add_lanes(Ints v) {
-  return combine_lanes(v, [](auto a, auto b) { return a + b; });
+  return combine_lanes<kLanes / 2>(v, [](auto a, auto b) { return a + b; })[0];
 }
 
 float split(const float* x, int count, std::int8_t* hi, std::int8_t* lo, std::int32_t* total) {
@@ -451,7 +461,10 @@ inline void fetch_ahead(const T* row, int count) {
 template <int kTokens, int kRows, class T>
 void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* q, float* scores,
                 std::ptrdiff_t score_stride) {
-  Vec acc[kRows * kTokens] = {};
+  // Folding takes as long for some sums as for all lanes.
+  constexpr int kSums = kRows * kTokens, kFolded = (kSums + kLanes - 1) / kLanes * kLanes;
+  constexpr bool kFold = 2 * kSums >= kFolded;
+  Vec acc[kFold ? kFolded : kSums] = {};
   for (int c = 0; c < head_dim; c += kLanes) {
     Vec key[kTokens];
     for (int t = 0; t < kTokens; ++t) key[t] = load(k + t * k_stride + c);
@@ -460,14 +473,14 @@ void score_tile(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* 
       for (int t = 0; t < kTokens; ++t) acc[r * kTokens + t] = fma(key[t], query, acc[r * kTokens + t]);
     }
   }
-  float sums[kRows * kTokens];
-  if constexpr (kRows * kTokens % kLanes == 0)
-    for (int i = 0; i < kRows * kTokens; i += kLanes) {
+  float sums[kFold ? kFolded : kSums];
+  if constexpr (kFold)
+    for (int i = 0; i < kFolded; i += kLanes) {
       fold_all(acc + i);
       store(sums + i, acc[i]);
     }
   else
-    for (int i = 0; i < kRows * kTokens; ++i) sums[i] = sum_lanes(acc[i]);
+    for (int i = 0; i < kSums; ++i) sums[i] = sum_lanes(acc[i]);
   for (int r = 0; r < kRows; ++r)
     for (int t = 0; t < kTokens; ++t) scores[r * score_stride + t] = sums[r * kTokens + t];
 }
@@ -478,10 +491,12 @@ void score_rows(const T* k, std::ptrdiff_t k_stride, int head_dim, const float* 
   int r = 0;
   for (; r + 4 <= rows; r += 4)
     score_tile<kTokens, 4>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
-  for (; r + 2 <= rows; r += 2)
-    score_tile<kTokens, 2>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
-  for (; r < rows; ++r)
-    score_tile<kTokens, 1>(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  const auto rest = [&](auto tile) {
+    tile(k, k_stride, head_dim, q + r * head_dim, scores + r * score_stride, score_stride);
+  };
+  if (rows - r == 3) rest(score_tile<kTokens, 3, T>);
+  if (rows - r == 2) rest(score_tile<kTokens, 2, T>);
+  if (rows - r == 1) rest(score_tile<kTokens, 1, T>);
 }
 
 template <class T>
@@ -524,9 +539,12 @@ void accumulate_rows(const T* v, std::ptrdiff_t v_stride, int tokens, int head_d
   for (; r + 4 <= rows; r += 4)
     accumulate_tile<4, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim,
                               r == 0 ? fetch : 0);
-  for (; r < rows; ++r)
-    accumulate_tile<1, kVecs>(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim,
-                              r == 0 ? fetch : 0);
+  const auto rest = [&](auto tile) {
+    tile(v, v_stride, tokens, head_dim, p + r * p_stride, p_stride, acc + r * head_dim, r == 0 ? fetch : 0);
+  };
+  if (rows - r == 3) rest(accumulate_tile<3, kVecs, T>);
+  if (rows - r == 2) rest(accumulate_tile<2, kVecs, T>);
+  if (rows - r == 1) rest(accumulate_tile<1, kVecs, T>);
 }
 
 template <class T>

@@ -8,18 +8,27 @@ using Bytes8 = std::uint8_t __attribute__((vector_size(8)));
 using Bytes16 = std::uint8_t __attribute__((vector_size(16)));
 using Floats8 = float __attribute__((vector_size(32)));
 
-/// All lanes put together in log2(kCount) rounds: halves first.
-template <int kCount, class Numbers, class Operation>
-INNERKV_HD auto combine_lanes(const Numbers& v, Operation operation) {
-  if constexpr (kCount == 2) {
-    return operation(v[0], v[1]);
+template <int kBytes>
+struct IndexOf {
+  typedef std::int32_t Type __attribute__((vector_size(kBytes)));  // an alias would lose the attribute
+};
+
+/// Every lane becomes all lanes put together, in log2 rounds. By shuffles: taken apart through memory, a
+/// running value would live there.
+template <int kDistance, class Numbers, class Operation>
+INNERKV_HD Numbers combine_lanes(Numbers v, Operation operation) {
+  if constexpr (kDistance == 0) {
+    return v;
   } else {
-    typedef __typeof__(v[0] + v[0]) Half
-        __attribute__((vector_size(2 * kCount)));  // an alias would lose the attribute
-    Half low, high;
-    __builtin_memcpy(&low, &v, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return combine_lanes<kCount / 2>(operation(low, high), operation);
+    Numbers swapped;
+#if defined(__clang__)  // sees through the loop
+    for (int l = 0; l < static_cast<int>(sizeof(Numbers) / 4); ++l) swapped[l] = v[l ^ kDistance];
+#else
+    typename IndexOf<sizeof(Numbers)>::Type partner;
+    for (int l = 0; l < static_cast<int>(sizeof(Numbers) / 4); ++l) partner[l] = l ^ kDistance;
+    swapped = __builtin_shuffle(v, partner);
+#endif
+    return combine_lanes<kDistance / 2>(operation(v, swapped), operation);
   }
 }
 
@@ -233,7 +242,7 @@ void quantise(const float* x, int columns, const ByteActivations& to) {
       from[i] = load_as<Vec>(x + first + i * kLanes);
       most = larger(most, (Ints)from[i] & 0x7fffffff);
     }
-    const float largest = __builtin_bit_cast(float, combine_lanes<kLanes>(most, larger)),
+    const float largest = __builtin_bit_cast(float, combine_lanes<kLanes / 2>(most, larger)[0]),
                 step = largest / 127;
     const float inverse = largest > 1e-30f ? 127 / largest : 0;
     constexpr float kRound = 12582912;  // 1.5 * 2^23: its last bit is worth 1, so adding it rounds
@@ -245,7 +254,7 @@ void quantise(const float* x, int columns, const ByteActivations& to) {
     }
     to.steps[first / 32] = step;
     for (int half = 0; half < 2; ++half)
-      to.totals[first / 16 + half] = step * static_cast<float>(combine_lanes<kLanes>(sums[half], add));
+      to.totals[first / 16 + half] = step * static_cast<float>(combine_lanes<kLanes / 2>(sums[half], add)[0]);
   }
 }
 
@@ -283,7 +292,7 @@ void integer_rows(const IntegerDotArgs& args, int vector) {
       }
     });
     for (int v = 0; v < kVectors; ++v) {
-      const float all = combine_lanes<8>(sum[v], [](auto a, auto b) { return a + b; });
+      const float all = combine_lanes<4>(sum[v], [](auto a, auto b) { return a + b; })[0];
       args.out[(vector + v) * args.out_stride + row] = all + others[v];
     }
   }
