@@ -89,14 +89,8 @@ export const experiments: readonly Experiment[] = [
     text: 'texts/tinyshakespeare/input.txt',
     protocol: 'P3',
     windows: 2,
-    calibrations: ['c4', 'wiki', 'technical'],
-    schemes: [
-      ...peers,
-      'rotated-{k4v4,k3v3,k2v2}',
-      calibrated,
-      'calibrated-k2v2:{wiki,technical}',
-      'prompt-k2v2',
-    ],
+    calibrations: ['c4', 'wiki'],
+    schemes: ['q4_0@0+0', 'innerq-base', 'rotated-k3v3', calibrated, 'calibrated-k2v2:wiki', 'prompt-k2v2'],
   },
   {
     ...screening,
