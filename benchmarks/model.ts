@@ -83,7 +83,7 @@ export const model: Command = {
       progress.clear();
       const report: Report = {
         benchmark: 'model',
-        command: ['npm run bench --', ...process.argv.slice(2)].join(' '),
+        command: commandLine(out),
         machine: describeMachine(),
         isa: backend.info.isa,
         model: opened.identity.name,
@@ -109,6 +109,14 @@ export const model: Command = {
     return EXIT.ok;
   },
 };
+
+/** As typed, without where the files went: nobody else has that place. */
+function commandLine(out: string | undefined): string {
+  const kept = process.argv
+    .slice(2)
+    .filter((one) => one !== '--out' && one !== out && one !== `--out=${out ?? ''}`);
+  return ['npm run bench --', ...kept].join(' ');
+}
 
 function defaultModel(): string {
   const root = process.env.INNERKV_DATA ?? join(__dirname, '..', '..', 'shared', 'data');
