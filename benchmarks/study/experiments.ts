@@ -120,6 +120,15 @@ export const experiments: readonly Experiment[] = [
     schemes: ['{calibrated,rotated}-{k4v3,k3v4,k4v2,k3v3,k2v4,k3v2,k2v3,k3v1,k2v2}'],
   },
   {
+    name: 'confirm',
+    question: 'what won the screening of splits and would change a default, in whole windows',
+    text: wikitext,
+    protocol: 'P3',
+    windows: 4,
+    calibrations: ['wiki'],
+    schemes: ['rotated-{k4v2,k3v3,k3v1,k2v2}'],
+  },
+  {
     ...screening,
     name: 'layers',
     question: 'how much each layer alone costs in 2 bits, the others in 16',

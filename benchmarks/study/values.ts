@@ -2,7 +2,7 @@
  * What a calibrated basis of the values would gain: v' = T v is what is stored, and the output is multiplied by T⁻¹. Folded into
  * the weights (Wv' = T Wv, Wo' = Wo T⁻¹) it is the same model with the same cache schemes, so no format has to know of it.
  */
-import { CholeskyDecomposition, EigenvalueDecomposition, Matrix } from 'ml-matrix';
+import { EigenvalueDecomposition, Matrix, inverse } from 'ml-matrix';
 import { closeSync, openSync, readSync, writeFileSync } from 'node:fs';
 import { type Backend } from '../../lib/backend';
 import { Model, type CanonicalName, type ModelFile, type TensorInfo } from '../../lib/model';
@@ -35,8 +35,8 @@ function basisOf(kind: ValueBasis, S: Matrix, output: Matrix): Matrix {
   if (kind === 'none') return Matrix.eye(n);
   if (kind === 'diagonal') return power(Matrix.diag(S.diagonal()), -0.25);
   if (kind === 'matrix') return power(S, -0.25);
-  const [root, inverse] = [power(S, 0.5), power(S, -0.5)];
-  return power(inverse.mmul(power(root.mmul(output).mmul(root), 0.5)).mmul(inverse), 0.5);
+  const [root, back] = [power(S, 0.5), power(S, -0.5)];
+  return power(back.mmul(power(root.mmul(output).mmul(root), 0.5)).mmul(back), 0.5);
 }
 
 /** Second moments of the values per layer and KV head over a text, sinks left out. */
@@ -100,8 +100,8 @@ export function inValueBasis(
       for (const { part } of columns) output.add(part.transpose().mmul(part));
       const T = basisOf(kind, moments[layer]![head]!, output);
       v.setSubMatrix(T.mmul(v.subMatrix(head * D, head * D + D - 1, 0, v.columns - 1)), head * D, 0);
-      const inverse = new CholeskyDecomposition(T).solve(Matrix.eye(D));
-      for (const { first, part } of columns) o.setSubMatrix(part.mmul(inverse), 0, first);
+      const back = inverse(T);
+      for (const { first, part } of columns) o.setSubMatrix(part.mmul(back), 0, first);
     }
     put(`layers.${layer}.v`, v);
     put(`layers.${layer}.o`, o);
