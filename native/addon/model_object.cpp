@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "../model/cpu_model.h"
 #include "backend_object.h"
 #include "config_reader.h"
 #include "failure.h"
@@ -126,7 +127,8 @@ ModelObject::ModelObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Mode
     auto made = std::make_unique<RunnerHandle>();
     made->runtime = runtime;
     auto model = std::make_shared<const Model>(read_model(info[1]), read_places(info[2]));
-    made->core = std::make_unique<Runner>(std::move(model), runtime->cpu());
+    made->core = std::make_unique<Runner>(model, std::make_unique<CpuModel>(model, runtime->cpu()),
+                                          runtime->cpu()->pool());
     handle_ = hold(runtime, std::move(made));
   });
 }

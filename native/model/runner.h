@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../core/sequence.h"
-#include "../cpu/cpu_backend.h"
-#include "matmul.h"
+#include "../cpu/thread_pool.h"
+#include "device.h"
 #include "model.h"
 #include "moments.h"
 
@@ -32,19 +32,22 @@ struct ForwardOptions {
   bool byte_activations = true;  // in products with quantised weights
 };
 
-/// Where a pass spent its time, in seconds; the rest is norms, rotations and the like.
+/// Where a pass spent its time, in seconds; the rest is norms, rotations and the like. Of a device that works
+/// on while the host goes ahead only `all` is known, and the others are 0.
 struct PassTimes {
   double all = 0, products = 0, append = 0, attend = 0;
 };
 
 class Runner {
  public:
-  Runner(std::shared_ptr<const Model> model, std::shared_ptr<CpuBackend> backend);
+  /// `pool`: for what is computed here whatever the device is; it must outlive the runner.
+  Runner(std::shared_ptr<const Model> model, std::unique_ptr<ModelDevice> device, ThreadPool& pool);
 
   const Model& model() const { return *model_; }
+  const ModelDevice& device() const { return *device_; }
 
-  /// Appends the tokens of every item to its sequence. All sequences belong to one cache and differ. Throws
-  /// Error, and then every sequence is as it was before.
+  /// Appends the tokens of every item to its sequence. All sequences belong to one cache of the device and
+  /// differ. Throws Error, and then every sequence is as it was before.
   void forward(std::span<const ForwardItem> items, const ForwardOptions& options, Moments* moments,
                const std::atomic<bool>* aborted);
   /// Of the last pass.
@@ -55,35 +58,19 @@ class Runner {
   struct Part {
     const ForwardItem* item;
     int first, count;  // of the item's tokens
-    int row;           // of the first one among the activations
+    int row;           // of the first one among the round's rows
     int position;      // of the first one in its sequence
   };
   void check(std::span<const ForwardItem> items) const;
-  void round(std::span<const Part> parts, int rows, const ForwardOptions& options, Moments* moments,
-             const std::atomic<bool>* aborted);
-  void attention(int layer, std::span<const Part> parts, int rows, const ForwardOptions& options,
-                 Moments* moments, const std::atomic<bool>* aborted);
-  void feed_forward(const ModelLayer& layer, int rows, bool bytes);
-  void rotate_row(const ModelLayer& layer, int row, int index);
-  void score(std::span<const Part> parts, bool bytes);
-  void multiply(const Activations& x, int rows, std::span<const Product> products, bool bytes);
-  void normalise(const std::vector<float>& weight, int rows);
-  void add_residual(int rows);
-  void each_row(int rows, auto&& body);
+  void run(std::span<const Part> parts, const ForwardOptions& options, Moments* moments,
+           const std::atomic<bool>* aborted);
+  void attend(int layer, const HeadRows& heads, std::span<const Part> parts, int step,
+              const std::atomic<bool>* aborted);
+  void score(std::span<const Part> parts) const;
 
   std::shared_ptr<const Model> model_;
-  std::shared_ptr<CpuBackend> backend_;
-  const ModelKernels& kernels_;
-  Multiplier multiplier_;
-  // [rows] of the current chunk:
-  std::vector<float> residual_, delta_;     // [hidden]
-  Activations input_, heads_out_, hidden_;  // normalised; attention's output; gate and then gate * up
-  std::vector<float> up_;                   // [padded intermediate]
-  std::vector<float> qkv_;                  // [query_heads + 2 kv_heads][head_dim]
-  std::vector<float> q_, out_;              // [query_heads][cache_head_dim]
-  std::vector<std::uint16_t> k_, v_;        // [kv_heads][cache_head_dim]
-  std::vector<float> cos_, sin_;            // [pairs]
-  std::vector<float> logits_;
+  std::unique_ptr<ModelDevice> device_;
+  ThreadPool& pool_;
   PassTimes times_;
 };
 
