@@ -76,6 +76,7 @@ function readable(names) {
     .trim()
     .split('\n')
     .map((line) => line.replaceAll(/\(int\)/g, '').replaceAll(/\([\w:]*Scales\)(\d+)/g, (_, i) => scales[i]))
+    .map((line) => line.replaceAll(/\([\w:]+\)(?=\d)/g, ''))
     .map((line) => /(\w+(?:<[^()]*>)?)\(/.exec(line)?.[1] ?? line);
 }
 

@@ -138,7 +138,7 @@ INNERKV_KERNEL(256) void finish_panel(FinishArgs args) {
   const float scale = args.scales[token];
   for (int r = static_cast<int>(blockIdx.y * 256 + threadIdx.x); r < args.count;
        r += static_cast<int>(gridDim.y) * 256) {
-    float value = args.sums[std::ptrdiff_t{token} * args.count + r] * scale;
+    float value = args.sums[std::ptrdiff_t{token} * args.count + r] * scale * args.product.weight.scale;
     if (args.product.bias) value = value + args.product.bias[args.first + r];
     float* to = args.product.out + std::ptrdiff_t{token} * args.product.stride + args.first + r;
     *to = args.product.add ? *to + value : value;

@@ -60,7 +60,7 @@ INNERKV_DEVICE void finish_matvec(const ProductArgs& product, const MatvecTask& 
   for (int r = 0; r < kMatvecRows; ++r)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const float total = warp_sum(sum[r][v]);
+      const float total = warp_sum(sum[r][v]) * product.weight.scale;
       const int row = task.row + r, token = task.token + v;
       if (lane != (r * kVectors + v) % 32 || row >= product.weight.rows || token >= tokens) continue;
       float* to = product.out + std::ptrdiff_t{token} * product.stride + row;

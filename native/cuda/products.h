@@ -10,11 +10,12 @@
 
 namespace innerkv::gpu {
 
-inline constexpr int kFewTokens = 8;     // as kMaxByteTokens on the CPU
+inline constexpr int kFewTokens = 8;     // that integer products take
 inline constexpr int kRowPadding = 64;   // rows of activations are padded with zeros to a multiple of it
 inline constexpr int kMostProducts = 3;  // with the same activations in one launch
 
-/// One product: out[token * stride + row] = weight[row] . x[token] + bias[row], or added to what is there.
+/// One product: out[token * stride + row] = scale * (weight[row] . x[token]) + bias[row], or added to what is
+/// there.
 struct ProductArgs {
   MatrixArgs weight;
   const float* bias = nullptr;  // [rows] or nullptr
@@ -35,14 +36,21 @@ struct RowsOut {
 
 enum class RowForm { kFloats, kBytes, kHalves };
 enum class RowSource {
-  kNorm,   // x / rms(x) * weight; x [rows][columns], weight in y
+  kPlain,  // x [rows][columns]
   kHeads,  // heads of cache_dim channels without their padding; x [rows][columns / head_dim][cache_dim]
   kGated   // x / (1 + exp(-x)) * y; both [rows][columns]
 };
 
+enum class RowNorm {
+  kNone,
+  kWeighted,  // row / rms(row) * weight, rms with epsilon
+  kBare       // row / rms(row), and zeros stay
+};
+
 struct RowsArgs {
-  const float *x = nullptr, *y = nullptr;
+  const float *x = nullptr, *y = nullptr, *weight = nullptr;
   int rows = 0, columns = 0, head_dim = 1, cache_dim = 1;
+  RowNorm norm = RowNorm::kNone;
   float epsilon = 0;
   RowsOut out;
 };

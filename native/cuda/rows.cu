@@ -56,7 +56,7 @@ cudaError_t prepare_rows(RowSource source, RowForm form, const RowsArgs& args, c
   // Halves need the whole row's largest number: one block, which then writes the row alone.
   const unsigned across = form == RowForm::kHalves ? 1 : blocks_of(args.columns, 4 * kRowThreads);
   const dim3 grid(static_cast<unsigned>(args.rows), across);
-  if (source == RowSource::kNorm) return prepare_form<RowSource::kNorm>(form, args, grid, stream);
+  if (source == RowSource::kPlain) return prepare_form<RowSource::kPlain>(form, args, grid, stream);
   if (source == RowSource::kHeads) return prepare_form<RowSource::kHeads>(form, args, grid, stream);
   return prepare_form<RowSource::kGated>(form, args, grid, stream);
 }

@@ -1,10 +1,12 @@
 // rows: the steps of a layer between its products, one pass each over [rows][columns].
 //
-// prepare_rows   Reads a row's source (RMSNorm of the residual, attention's heads, or SwiGLU), writes it in
-//                the form that the next product reads. A warp takes groups of 32 columns, a lane a column, so
-//                loads and stores lie side by side. What concerns a whole row (sum of squares in float64,
-//                largest magnitude) is computed again by every block of the row, in an order that depends on
-//                the width only. Bytes as on the CPU: step = largest / 127 of 32 columns, bit for bit.
+// prepare_rows   Reads a row's source (the residual, attention's heads, or SwiGLU), norms it if wanted,
+// writes
+//                it in the form that the next product reads. A warp takes groups of 32 columns, a lane a
+//                column, so loads and stores lie side by side. What concerns a whole row (sum of squares in
+//                float64, largest magnitude) is computed again by every block of the row, in an order that
+//                depends on the width only. Bytes as on the CPU: step = largest / 127 of 32 columns, bit for
+//                bit.
 // prepare_heads  A warp per head of a row: head norm, RoPE, rounding to binary16. A key or value beyond
 //                binary16 is stored as zero, so that no cache ever sees it, and its layer is noted.
 // embed_rows     A thread per unit of a row of the table.
@@ -16,6 +18,38 @@
 #include "weights.cuh"
 
 namespace innerkv::gpu {
+
+// ---- sorting a file's blocks into planes ----
+
+/// `count` rows from `first`, as they lie in the file, at `blocks` on the device. A thread moves two bytes.
+struct ArrangeArgs {
+  MatrixArgs matrix;
+  BlockPlanes planes;
+  const std::uint16_t* blocks;
+  int first, count;
+  int block_words, row_words;  // of two bytes
+};
+
+INNERKV_KERNEL(256) void arrange_blocks(ArrangeArgs args) {
+  const std::int64_t words = std::int64_t{args.row_words} * args.count;
+  const std::int64_t step = std::int64_t{256} * gridDim.x;
+  for (std::int64_t i = std::int64_t{256} * blockIdx.x + threadIdx.x; i < words; i += step) {
+    const int row = static_cast<int>(i / args.row_words), within = static_cast<int>(i % args.row_words),
+              block = within / args.block_words, byte = 2 * (within % args.block_words);
+    const auto put = [&](const std::uint8_t* plane, int stride, int at, int bytes) {
+      if (byte < at || byte >= at + bytes) return;
+      std::uint8_t* to = const_cast<std::uint8_t*>(plane) + std::ptrdiff_t{args.first + row} * stride +
+                         std::ptrdiff_t{block} * bytes + (byte - at);
+      *reinterpret_cast<std::uint16_t*>(to) = args.blocks[i];
+    };
+    const BlockPlanes& p = args.planes;
+    put(args.matrix.codes, args.matrix.code_stride, p.codes_at, p.codes);
+    put(args.matrix.high, args.matrix.high_stride, p.high_at, p.high);
+    put(args.matrix.scales, args.matrix.scale_stride, p.scales_at, p.scales);
+  }
+}
+
+// ---- rows ----
 
 inline constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
 
@@ -70,24 +104,31 @@ void prepare_rows_kernel(RowsArgs args) {
     x += row * columns;
     if (kSource == RowSource::kGated) y += row * columns;
   }
-  float norm = 1.0f;
-  if constexpr (kSource == RowSource::kNorm) {
-    INNERKV_SHARED(double, squares, [kRowWarps]);
-    double sum = 0;
-    for (int c = static_cast<int>(threadIdx.x); c < columns; c += kRowThreads) {
-      const double value = static_cast<double>(x[c]);
-      sum += value * value;
-    }
-    sum = block_sum_double(sum, squares);
-    norm = static_cast<float>(1 / sqrt(sum / columns + static_cast<double>(args.epsilon)));
-  }
-  const auto value_at = [&](int c) -> float {
-    if (c >= columns) return 0.0f;
-    if constexpr (kSource == RowSource::kNorm) return x[c] * norm * y[c];
+  const auto source_at = [&](int c) -> float {
+    if constexpr (kSource == RowSource::kPlain) return x[c];
     if constexpr (kSource == RowSource::kHeads)
       return x[std::ptrdiff_t{c / args.head_dim} * args.cache_dim + c % args.head_dim];
     const float gate = x[c];
     return gate / (1.0f + expf(-gate)) * y[c];
+  };
+  float norm = 1.0f;
+  INNERKV_SHARED(double, squares, [kRowWarps]);
+  if (args.norm != RowNorm::kNone) {
+    double sum = 0;
+    for (int c = static_cast<int>(threadIdx.x); c < columns; c += kRowThreads) {
+      const double value = static_cast<double>(source_at(c));
+      sum += value * value;
+    }
+    sum = block_sum_double(sum, squares);
+    const double mean =
+        sum / columns + (args.norm == RowNorm::kBare ? 0.0 : static_cast<double>(args.epsilon));
+    norm = mean > 0 || args.norm != RowNorm::kBare ? static_cast<float>(1 / sqrt(mean)) : 0.0f;
+  }
+  const auto value_at = [&](int c) -> float {
+    if (c >= columns) return 0.0f;
+    const float value = source_at(c);
+    if (args.norm == RowNorm::kNone) return value;
+    return args.norm == RowNorm::kBare ? value * norm : value * norm * args.weight[c];
   };
   float factor = 1.0f;
   if constexpr (kForm == RowForm::kHalves) {
@@ -175,6 +216,7 @@ INNERKV_KERNEL(32 * kHeadWarps) void prepare_heads_kernel(HeadsArgs args) {
   if (!__all_sync(kFullMask, good) && lane == 0) atomicMin(args.first_bad, args.layer);
 }
 
+/// Numbers times the scale of the table.
 template <TensorType kType>
 INNERKV_KERNEL(kRowThreads)
 void embed_rows(MatrixArgs matrix, const int* tokens, float* out) {
@@ -194,7 +236,7 @@ void embed_rows(MatrixArgs matrix, const int* tokens, float* out) {
       const int column = W::column(unit, quad);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (column + i < matrix.columns) to[column + i] = w[i];
+        if (column + i < matrix.columns) to[column + i] = w[i] * matrix.scale;
     }
   }
 }

@@ -1,6 +1,6 @@
 // Weights in the registers of a lane. A unit is what a lane reads with 16-byte loads: 32 columns of a
-// quantised row (one or two loads of codes), 8 columns of 16-bit and 4 of 32-bit floats. Lane l of a warp
-// takes units l, l + 32, ..., so its loads lie side by side.
+// quantised row (one or two loads of codes, half of one if they have 2 bits), 8 columns of 16-bit and 4 of
+// 32-bit floats. Lane l of a warp takes units l, l + 32, ..., so its loads lie side by side.
 //
 // A quantised unit is two pieces of 16 columns; a piece lies in one segment (16 columns that begin at a
 // multiple of 16) and has one scale and one offset: value = scale * code + offset. In Q4_K and Q6_K the two
@@ -28,9 +28,10 @@ struct Weights;
 template <TensorType kType>
 struct Weights<kType, true> {
   static constexpr int kColumns = 32, kQuads = 8;
-  static constexpr bool kSigned = kType == TensorType::kQ8_0, kOffset = !kSigned;
+  static constexpr bool kTernary = kType == TensorType::kTernary;
+  static constexpr bool kSigned = kType == TensorType::kQ8_0 || kTernary, kOffset = !kSigned;
   /// Whether both pieces have the scale of one group of 32 activations.
-  static constexpr bool kOneScale = kType < TensorType::kQ4_K;
+  static constexpr bool kOneScale = kType != TensorType::kQ4_K && kType != TensorType::kQ6_K;
 
   std::uint32_t words[2][4];
   float scale[2], offset[2];
@@ -58,6 +59,19 @@ struct Weights<kType, true> {
       put(0, sixteen(codes + 32 * unit));
       put(1, sixteen(codes + 32 * unit + 16));
       scale[0] = scale[1] = half_at(scales + 2 * unit);
+      offset[0] = offset[1] = 0.0f;
+      return;
+    }
+    if constexpr (kTernary) {  // four codes of two bits a byte, the first in the highest bits
+      const uint2 all = ptx::load_streaming(reinterpret_cast<const uint2*>(codes + 8 * unit));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const std::uint32_t byte = (i < 4 ? all.x : all.y) >> 8 * (i % 4);
+        const std::uint32_t four =
+            (byte >> 6 & 3u) | (byte >> 4 & 3u) << 8 | (byte >> 2 & 3u) << 16 | (byte & 3u) << 24;
+        words[i / 4][i % 4] = four | (four & 0x02020202u) * 126u;  // the sign in all upper bits
+      }
+      scale[0] = scale[1] = 1.0f;
       offset[0] = offset[1] = 0.0f;
       return;
     }
@@ -172,36 +186,6 @@ struct Weights<kType, false> {
 template <TensorType kType>
 INNERKV_DEVICE int units_of(int columns) {
   return (columns + Weights<kType>::kColumns - 1) / Weights<kType>::kColumns;
-}
-
-// ---- sorting a file's blocks into planes ----
-
-/// `count` rows from `first`, as they lie in the file, at `blocks` on the device. A thread moves two bytes.
-struct ArrangeArgs {
-  MatrixArgs matrix;
-  BlockPlanes planes;
-  const std::uint16_t* blocks;
-  int first, count;
-  int block_words, row_words;  // of two bytes
-};
-
-INNERKV_KERNEL(256) void arrange_blocks(ArrangeArgs args) {
-  const std::int64_t words = std::int64_t{args.row_words} * args.count;
-  const std::int64_t step = std::int64_t{256} * gridDim.x;
-  for (std::int64_t i = std::int64_t{256} * blockIdx.x + threadIdx.x; i < words; i += step) {
-    const int row = static_cast<int>(i / args.row_words), within = static_cast<int>(i % args.row_words),
-              block = within / args.block_words, byte = 2 * (within % args.block_words);
-    const auto put = [&](const std::uint8_t* plane, int stride, int at, int bytes) {
-      if (byte < at || byte >= at + bytes) return;
-      std::uint8_t* to = const_cast<std::uint8_t*>(plane) + std::ptrdiff_t{args.first + row} * stride +
-                         std::ptrdiff_t{block} * bytes + (byte - at);
-      *reinterpret_cast<std::uint16_t*>(to) = args.blocks[i];
-    };
-    const BlockPlanes& p = args.planes;
-    put(args.matrix.codes, args.matrix.code_stride, p.codes_at, p.codes);
-    put(args.matrix.high, args.matrix.high_stride, p.high_at, p.high);
-    put(args.matrix.scales, args.matrix.scale_stride, p.scales_at, p.scales);
-  }
 }
 
 }  // namespace innerkv::gpu

@@ -35,6 +35,8 @@ constexpr BlockPlanes planes_of(TensorType type) {
       return {16, 128, 0, 0, 0, 16};
     case TensorType::kQ6_K:
       return {0, 128, 128, 64, 192, 18};
+    case TensorType::kTernary:
+      return {0, 8, 0, 0, 0, 0};
     case TensorType::kF32:
       return {0, 4, 0, 0, 0, 0};
     case TensorType::kF16:
@@ -49,6 +51,7 @@ struct MatrixArgs {
   int code_stride = 0, high_stride = 0, scale_stride = 0;                   // bytes from row to row
   int rows = 0, columns = 0;
   TensorType type = TensorType::kF32;
+  float scale = 1;  // of all numbers; those who read weights leave it out
 };
 
 /// A matrix of the given shape in memory at `base` (which may be nullptr to ask for `*bytes` only).

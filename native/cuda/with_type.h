@@ -21,6 +21,7 @@ auto with_tensor_type(TensorType type, Body&& body) {
     INNERKV_CASE(kQ5_1)
     INNERKV_CASE(kQ4_K)
     INNERKV_CASE(kQ6_K)
+    INNERKV_CASE(kTernary)
     INNERKV_CASE(kF16)
     INNERKV_CASE(kBf16)
     default:

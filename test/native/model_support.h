@@ -11,9 +11,10 @@
 
 namespace innerkv::test {
 
-inline constexpr TensorType kAllTypes[] = {
-    TensorType::kF32,  TensorType::kF16,  TensorType::kBf16, TensorType::kQ8_0, TensorType::kQ4_0,
-    TensorType::kQ4_1, TensorType::kQ5_0, TensorType::kQ5_1, TensorType::kQ4_K, TensorType::kQ6_K};
+inline constexpr TensorType kAllTypes[] = {TensorType::kF32,  TensorType::kF16,    TensorType::kBf16,
+                                           TensorType::kQ8_0, TensorType::kQ4_0,   TensorType::kQ4_1,
+                                           TensorType::kQ5_0, TensorType::kQ5_1,   TensorType::kQ4_K,
+                                           TensorType::kQ6_K, TensorType::kTernary};
 
 /// `count` numbers as whole blocks: codes of every value, numbers of standard deviation of about `spread`.
 inline std::vector<std::uint8_t> random_blocks(TensorType type, int count, float spread,
@@ -66,6 +67,8 @@ inline std::vector<std::uint8_t> random_blocks(TensorType type, int count, float
       case TensorType::kQ4_K:
         half(0, factor / (32 * 4.6f));
         half(2, 7.5f * factor / (32 * 4.6f));
+        break;
+      case TensorType::kTernary:  // codes of -2 to 1, and the scale is the tensor's
         break;
       case TensorType::kQ6_K:
         half(208, factor / (74 * 18.5f));

@@ -17,6 +17,7 @@ namespace {
 using gpu::MatrixArgs;
 using gpu::ProductArgs;
 using gpu::RowForm;
+using gpu::RowNorm;
 using gpu::RowsArgs;
 using gpu::RowSource;
 using simt::Buffer;
@@ -38,6 +39,7 @@ struct Matrix {
     gpu::matrix_at(nullptr, type, rows, columns, &size);
     memory = std::make_unique<Buffer<std::uint8_t>>(std::vector<std::uint8_t>(size));
     args = gpu::matrix_at(memory->get(), type, rows, columns, &size);
+    args.scale = type == TensorType::kTernary ? 0.25f : 1.0f;
     const Buffer<std::uint8_t> there(bytes);
     const int first = rows / 2;  // in two pieces
     CHECK(gpu::arrange(args, there.get(), 0, first, nullptr) == cudaSuccess);
@@ -50,6 +52,7 @@ struct Matrix {
                              1 / std::sqrt(static_cast<float>(column_count)), random)) {}
 
   std::size_t row_bytes() const { return at(columns / info_of(type).elements) * at(info_of(type).bytes); }
+  /// Without the scale of the whole matrix.
   std::vector<float> values() const {
     std::vector<float> w(at(rows * columns));
     scalar_model_kernels()->dequantise(type, bytes.data(), rows * columns, w.data());
@@ -74,10 +77,12 @@ TEST("weights of every type are decoded to the bits of the CPU, and to binary16 
     Buffer<float> out(at(4 * columns));
     CHECK(gpu::embed(matrix.args, tokens.get(), 4, out.get(), nullptr) == cudaSuccess);
     const std::vector<float> found = out.download();
+    int different = 0;
     for (int i = 0; i < 4; ++i)
-      CHECK_WITH(std::memcmp(&found[at(i * columns)], &expected[at(picked[at(i)] * columns)],
-                             sizeof(float) * at(columns)) == 0,
-                 info_of(type).name);
+      for (int c = 0; c < columns; ++c)
+        different +=
+            found[at(i * columns + c)] != expected[at(picked[at(i)] * columns + c)] * matrix.args.scale;
+    CHECK_WITH(different == 0, info_of(type).name);
     Buffer<std::uint16_t> halves(at(5 * stride));
     CHECK(gpu::dequantise_halves(matrix.args, 2, 5, halves.get(), stride, nullptr) == cudaSuccess);
     const std::vector<std::uint16_t> panel = halves.download();
@@ -169,8 +174,16 @@ TEST("norms, heads and SwiGLU: the CPU's numbers, padded with zeros, and binary1
     const std::vector<float> x = normals(rows * columns, random, 4), y = normals(rows * columns, random),
                              heads = normals(rows * 4 * cache_dim, random, 1e-3f);
     const Buffer<float> x_there(x), y_there(y), heads_there(heads);
-    for (const RowSource source : {RowSource::kNorm, RowSource::kHeads, RowSource::kGated}) {
+    for (const auto& [source, kind] : {std::pair{RowSource::kPlain, RowNorm::kNone},
+                                       {RowSource::kPlain, RowNorm::kWeighted},
+                                       {RowSource::kPlain, RowNorm::kBare},
+                                       {RowSource::kHeads, RowNorm::kNone},
+                                       {RowSource::kHeads, RowNorm::kBare},
+                                       {RowSource::kGated, RowNorm::kNone},
+                                       {RowSource::kGated, RowNorm::kBare}}) {
       RowsArgs args;
+      args.weight = y_there.get();
+      args.norm = kind;
       args.x = source == RowSource::kHeads ? heads_there.get() : x_there.get();
       args.y = y_there.get();
       args.head_dim = D;
@@ -182,10 +195,21 @@ TEST("norms, heads and SwiGLU: the CPU's numbers, padded with zeros, and binary1
       const std::vector<float> floats = there.floats.download(), scales = there.scales.download();
       const std::vector<std::uint16_t> halves = there.halves.download();
       for (int r = 0; r < rows; ++r) {
+        std::vector<double> row;
         double squares = 0;
-        for (int c = 0; c < columns; ++c)
-          squares += wide(x[at(r * columns + c)]) * wide(x[at(r * columns + c)]);
-        const double norm = 1 / std::sqrt(squares / columns + wide(1e-5f));
+        for (int c = 0; c < columns; ++c) {
+          const double a = wide(x[at(r * columns + c)]);
+          row.push_back(source == RowSource::kPlain ? a
+                        : source == RowSource::kHeads
+                            ? wide(heads[at((4 * r + c / D) * cache_dim + c % D)])
+                            : a / (1 + std::exp(-a)) * wide(y[at(r * columns + c)]));
+          squares += row.back() * row.back();
+        }
+        if (kind != RowNorm::kNone)
+          for (int c = 0; c < columns; ++c)
+            row[at(c)] *= kind == RowNorm::kBare
+                              ? 1 / std::sqrt(squares / columns)
+                              : wide(y[at(c)]) / std::sqrt(squares / columns + wide(1e-5f));
         float largest = 0;
         for (int c = 0; c < there.stride; ++c) {
           const float found = floats[at(r * there.stride + c)];
@@ -194,13 +218,9 @@ TEST("norms, heads and SwiGLU: the CPU's numbers, padded with zeros, and binary1
             CHECK(found == 0.0f && halves[at(r * there.stride + c)] == 0);
             continue;
           }
-          const double a = wide(x[at(r * columns + c)]);
-          const double expected = source == RowSource::kNorm ? a * norm * wide(y[at(c)])
-                                  : source == RowSource::kHeads
-                                      ? wide(heads[at((4 * r + c / D) * cache_dim + c % D)])
-                                      : a / (1 + std::exp(-a)) * wide(y[at(r * columns + c)]);
-          // Three roundings, or those of exp (2 ulp), a sum, a quotient and a product.
-          CHECK(std::abs(wide(found) - expected) <= 6 * kUnit * std::abs(expected));
+          // exp (2 ulp), a sum, a quotient and a product; then the norm, made of such numbers, and its
+          // products.
+          CHECK(std::abs(wide(found) - row[at(c)]) <= 16 * kUnit * std::abs(row[at(c)]));
         }
         const float scale = scales[at(r)];
         CHECK(largest / scale >= 8192 && largest / scale < 16384);
@@ -210,6 +230,17 @@ TEST("norms, heads and SwiGLU: the CPU's numbers, padded with zeros, and binary1
       CHECK(simt::take_reports().empty());
     }
   }
+}
+
+TEST("a bare norm leaves zeros alone") {
+  Rows there(1, 96);
+  const Buffer<float> zeros(std::vector<float>(96));
+  RowsArgs args;
+  args.x = zeros.get();
+  args.norm = RowNorm::kBare;
+  there.prepare(RowSource::kPlain, RowForm::kFloats, args);
+  CHECK(there.floats.download() == std::vector<float>(128));
+  CHECK(simt::take_reports().empty());
 }
 
 /// Weights times rows in a form; `bias` and what is added to as wanted.
@@ -245,6 +276,7 @@ TEST("products in 8 bits: the CPU's bits when every scale is a power of two") {
         const std::uint16_t bits = half_bits(value);
         std::memcpy(blocks.data() + b + at(place), &bits, 2);
       };
+      if (type == TensorType::kTernary) continue;
       half(type == TensorType::kQ6_K ? 208 : 0, 0.25f);
       if (type == TensorType::kQ4_1 || type == TensorType::kQ5_1 || type == TensorType::kQ4_K) half(2, -0.5f);
     }
@@ -270,6 +302,7 @@ TEST("products in 8 bits: the CPU's bits when every scale is a power of two") {
                                          {codes.data(), steps.data(), totals.data()},
                                          expected.data(),
                                          rows});
+    for (float& sum : expected) sum *= matrix.args.scale;
     simt::use(schedules[static_cast<std::size_t>(type) % schedules.size()]);
     CHECK_WITH(same_bits(multiplied({&matrix}, there, tokens, RowForm::kBytes), expected), info.name);
     CHECK(simt::take_reports().empty());
@@ -283,7 +316,8 @@ void check_products(TensorType type, RowForm form, int columns, const std::vecto
   const int rows = 14;
   std::vector<float> w;
   for (const Matrix* matrix : {&a, &b, &c}) {
-    const std::vector<float> values = matrix->values();
+    std::vector<float> values = matrix->values();
+    for (float& value : values) value *= matrix->args.scale;
     w.insert(w.end(), values.begin(), values.end());
   }
   const std::vector<float> bias = normals(rows, random);
@@ -368,6 +402,7 @@ TEST("products in binary16 on tensor cores") {
       const std::vector<float> before = normals(tokens * (rows + 5), random);
       const Buffer<float> out(before);
       ProductArgs product;
+      product.weight.scale = 0.5f;
       product.bias = add ? nullptr : bias_there.get();
       product.out = out.get();
       product.stride = rows + 5;
@@ -381,7 +416,7 @@ TEST("products in binary16 on tensor cores") {
           const std::size_t i = at(t * (rows + 5) + c);
           float expected = before[i];
           if (c >= 3 && c < rows + 3) {
-            const float value = found[at(t * rows + c - 3)] * 0.25f;
+            const float value = found[at(t * rows + c - 3)] * 0.25f * 0.5f;
             expected = add ? expected + value : value + bias[at(c)];
           }
           wrong += finished[i] != expected;
