@@ -248,7 +248,7 @@ export interface NativeMoments {
 }
 
 export interface NativeModel {
-  info(): { cacheHeadDim: number; bytesPerToken: number };
+  info(): { cacheHeadDim: number; bytesPerToken: number; products: string };
   forward(
     sync: boolean,
     abort: Abort,
@@ -314,6 +314,8 @@ export interface NativeBinding {
   estimate(options: NativeCacheOptions, tokens: number, sequences: number): NativeEstimate;
   supportedSpecs(): SupportedSpec[];
   probeCuda(): CudaProbe;
+  /** Loads cuBLAS if it can: 1000 * major + 10 * minor, or 0. */
+  cublasVersion(): number;
   setErrorFactory(make: (code: ErrorCode, message: string, details: ErrorDetails) => KvError): void;
 }
 

@@ -43,6 +43,13 @@ function cudaVersion(number: number): string {
   return number === 0 ? 'none' : `${Math.floor(number / 1000)}.${Math.floor((number % 1000) / 10)}`;
 }
 
+function cublasLine(): string {
+  const version = binding().cublasVersion();
+  return version === 0
+    ? 'not found; prefill uses a kernel of our own'
+    : `${cudaVersion(version)}, for prefill`;
+}
+
 function cudaLines({ cuda }: BackendInfo): [string, string][] {
   if (!cuda.compiled) return [['CUDA', 'not compiled in']];
   const found = cuda.devices.map(
@@ -53,6 +60,7 @@ function cudaLines({ cuda }: BackendInfo): [string, string][] {
   return [
     ['CUDA', cuda.error === null ? versions : `${versions}; ${cuda.error}`],
     ['CUDA devices', found.join('; ') || 'none'],
+    ...(found.length ? [['cuBLAS', cublasLine()] as [string, string]] : []),
   ];
 }
 

@@ -83,6 +83,8 @@ export class Model extends Owned<NativeModel> {
   /** Bytes of weights that the decoding of one token reads. */
   readonly bytesPerToken: number;
   readonly identity: ModelIdentity;
+  /** What multiplies many rows: the instruction set, 'cuBLAS 13.0', or 'our own tensor-core kernel'. */
+  readonly products: string;
   private readonly cacheHeadDim: number;
   private times: PassTimes = { all: 0, products: 0, append: 0, attend: 0 };
 
@@ -96,7 +98,10 @@ export class Model extends Owned<NativeModel> {
     this.life = new Lifetime(this, 'model', native, backend.life);
     this.config = file.config;
     this.identity = new Identity(file);
-    ({ cacheHeadDim: this.cacheHeadDim, bytesPerToken: this.bytesPerToken } = native.info());
+    const { cacheHeadDim, bytesPerToken, products } = native.info();
+    this.cacheHeadDim = cacheHeadDim;
+    this.bytesPerToken = bytesPerToken;
+    this.products = products;
   }
 
   /**

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "../cuda/cublas.h"
 #include "abort_object.h"
 #include "backend_object.h"
 #include "cache_object.h"
@@ -36,6 +37,10 @@ Napi::Value estimate_cache(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value cublas(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), gpu::cublas_version(gpu::find_cublas()));
+}
+
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Instance);
   const auto define = [&](const char* name, Napi::FunctionReference Instance::* member,
@@ -56,6 +61,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("supportedSpecs", Napi::Function::New(env, supported_specs));
   exports.Set("estimate", Napi::Function::New(env, estimate_cache));
   exports.Set("probeCuda", Napi::Function::New(env, write_cuda_probe));
+  exports.Set("cublasVersion", Napi::Function::New(env, cublas));
   exports.Set("formatVersion", static_cast<double>(kFormatVersion));
   exports.Set("pageTokens", kPageTokens);
   return exports;

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "../cuda/factory.h"
 #include "../model/cpu_model.h"
 #include "backend_object.h"
 #include "config_reader.h"
@@ -73,6 +74,15 @@ std::vector<std::int32_t> read_tokens(const Napi::Value& value, const char* name
   return {array.Data(), array.Data() + array.ElementLength()};
 }
 
+/// Where the runtime's caches live.
+std::unique_ptr<ModelDevice> make_device(Runtime& runtime, const std::shared_ptr<const Model>& model) {
+#ifdef INNERKV_HAS_CUDA
+  if (runtime.backend() != runtime.cpu())
+    return runtime.executor().between([&] { return make_cuda_model(model); });
+#endif
+  return std::make_unique<CpuModel>(model, runtime.cpu());
+}
+
 struct Item {
   std::shared_ptr<SequenceHandle> sequence;
   std::vector<std::int32_t> tokens, targets;
@@ -127,8 +137,7 @@ ModelObject::ModelObject(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Mode
     auto made = std::make_unique<RunnerHandle>();
     made->runtime = runtime;
     auto model = std::make_shared<const Model>(read_model(info[1]), read_places(info[2]));
-    made->core = std::make_unique<Runner>(model, std::make_unique<CpuModel>(model, runtime->cpu()),
-                                          runtime->cpu()->pool());
+    made->core = std::make_unique<Runner>(model, make_device(*runtime, model), runtime->cpu()->pool());
     handle_ = hold(runtime, std::move(made));
   });
 }
@@ -144,6 +153,7 @@ Napi::Value ModelObject::info(const Napi::CallbackInfo& info) {
     Napi::Object result = Napi::Object::New(info.Env());
     result.Set("cacheHeadDim", model.config().cache_head_dim());
     result.Set("bytesPerToken", static_cast<double>(model.bytes_per_token()));
+    result.Set("products", handle()->core->device().products());
     return result;
   });
 }

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "factory.h"
 #include "gpu_backend.h"
+#include "gpu_model.h"
 
 namespace innerkv {
 
@@ -188,6 +189,11 @@ std::shared_ptr<Backend> make_cuda_backend(std::optional<std::uint64_t> stream) 
   std::optional<cudaStream_t> caller;
   if (stream) caller = reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(*stream));
   return std::make_shared<gpu::GpuBackend>(caller);
+}
+
+std::unique_ptr<ModelDevice> make_cuda_model(std::shared_ptr<const Model> model) {
+  return std::make_unique<gpu::GpuModel>(std::move(model),
+                                         gpu::Cublas::open(gpu::find_cublas(), gpu::device::stream()));
 }
 
 }  // namespace innerkv
