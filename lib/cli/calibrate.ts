@@ -6,6 +6,7 @@ import { leadingTokens, readText } from '../eval/text';
 import { Model, openModel } from '../model';
 import { encodeMoments } from '../schemes';
 import { EXIT, count, required, type Command, type Values } from './command';
+import { DEVICE_OPTIONS, deviceOptions } from './device';
 import { writeWhole } from './files';
 import { interruptible } from './interrupt';
 import { Progress, bytes, pairs } from './terminal';
@@ -19,7 +20,7 @@ export const calibrate: Command = {
     text: { value: 'F', help: 'any text that is not the one to be measured on, in UTF-8' },
     tokens: { value: 'N', help: 'tokens from its beginning', default: '2048' },
     output: { value: 'FILE', short: 'o', help: 'safetensors file to write' },
-    threads: { value: 'N', help: 'threads (default: all cores)' },
+    ...DEVICE_OPTIONS,
   },
   async run(values: Values) {
     const [path, source, output] = [
@@ -28,10 +29,10 @@ export const calibrate: Command = {
       required(values, 'output'),
     ];
     const tokens = count(values, 'tokens');
-    const threads = values.threads === undefined ? undefined : count(values, 'threads');
+    const device = deviceOptions(values);
     const text = readText(source);
     const file = openModel(path);
-    await using backend = await createBackend({ backend: 'cpu', ...(threads && { threads }) });
+    await using backend = await createBackend(device);
     using model = await Model.open(backend, file, { activations: 'float32' });
     const started = performance.now();
     const progress = new Progress();

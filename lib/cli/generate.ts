@@ -13,6 +13,7 @@ import {
 } from '../model';
 import { builtinSchemes, schemeNamed, type DescribedScheme } from '../schemes';
 import { count, EXIT, number, required, text, texts, UsageError, type Command, type Values } from './command';
+import { DEVICE_OPTIONS, deviceOptions } from './device';
 import { interruptible } from './interrupt';
 import { bytes, dim, Progress } from './terminal';
 import { versions } from './version';
@@ -40,18 +41,18 @@ export const generate: Command = {
     'repeat-penalty': { value: 'R', help: 'divides the logits of the last 64 tokens' },
     seed: { value: 'N', help: 'of the draws (default: a random one, which --json prints)' },
     activations: { value: 'TYPE', help: 'int8, which is faster, or float32', default: 'int8' },
-    threads: { value: 'N', help: 'threads (default: all cores)' },
+    ...DEVICE_OPTIONS,
     stream: { help: 'print text as it comes (default on a terminal)' },
   },
   notes: `Schemes: ${builtinSchemes.map(({ name }) => name).join(', ')};\nalso any rotated-kXvY and calibrated-kXvY; 2bit, 3bit and 4bit are calibrated with --calibration, else rotated.`,
   async run(values: Values) {
     const path = required(values, 'model');
-    const threads = values.threads === undefined ? {} : { threads: count(values, 'threads') };
+    const device = deviceOptions(values);
     const scheme = schemeOf(required(values, 'scheme'), text(values, 'calibration'));
     const request = { ...requestOf(values), scheme };
     const file = openModel(path);
     const prompts = promptsOf(values);
-    await using backend = await createBackend({ backend: 'cpu', ...threads });
+    await using backend = await createBackend(device);
     using model = await Model.open(backend, file);
     using interrupt = interruptible();
     const progress = new Progress();

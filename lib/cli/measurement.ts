@@ -12,6 +12,7 @@ import { Model, openModel } from '../model';
 import { readMoments } from '../schemes';
 import { UsageError, count, list, required, texts, type Option, type Values } from './command';
 import { contenderNamed, layersNamed, schemeNames, windowsNamed } from './contenders';
+import { DEVICE_OPTIONS, deviceOptions } from './device';
 import { interruptible } from './interrupt';
 import { Progress } from './terminal';
 import { versions } from './version';
@@ -31,7 +32,7 @@ export const measurementOptions: Readonly<Record<string, Option>> = {
   tokens: { value: 'N', help: 'tokens of a window (default: the protocol’s)' },
   chunks: { value: 'N', help: 'windows to score (default: all)' },
   chunk: { value: 'N', help: 'tokens that go through the model together' },
-  threads: { value: 'N', help: 'threads (default: all cores)' },
+  ...DEVICE_OPTIONS,
 };
 
 export const protocolNotes = [
@@ -96,7 +97,8 @@ export async function runMeasurement(
   const started = performance.now();
   const [path, source] = [required(values, 'model'), required(values, 'text')];
   const optional = (name: string) => (values[name] === undefined ? undefined : count(values, name));
-  const [threads, chunks, chunk, window] = ['threads', 'chunks', 'chunk', 'tokens'].map(optional);
+  const [chunks, chunk, window] = ['chunks', 'chunk', 'tokens'].map(optional);
+  const device = deviceOptions(values);
   const windows = windowsNamed(required(values, 'windows'));
   const protocol = protocols.find((one) => one === values.protocol);
   if (!protocol) throw new UsageError(`--protocol must be one of ${protocols.join(', ')}`);
@@ -107,7 +109,7 @@ export async function runMeasurement(
   const calibrations = new Map([...files].map(([name, file]) => [name, readMoments(file)]));
   const layers = layersNamed(list(values, 'layers') ?? [], calibrations);
   const file = openModel(path);
-  await using backend = await createBackend({ backend: 'cpu', ...(threads && { threads }) });
+  await using backend = await createBackend(device);
   using model = await Model.open(backend, file, { activations: 'float32' });
   const contenders = names.map((name) => contenderNamed(name, calibrations, model));
 
