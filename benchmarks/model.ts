@@ -26,6 +26,7 @@ export const model: Command = {
     contexts: { value: 'N,…', help: 'tokens in the cache while decoding is timed', default: '64,4096,7900' },
     schemes: { value: 'NAME,…', help: 'schemes to time', default: SCHEMES },
     peer: { value: 'TYPE,…', help: 'cache types of llama.cpp to time in turn: f16, q8_0, q4_0' },
+    backend: { value: 'cpu|cuda', help: 'where the model and its caches live', default: 'cpu' },
     threads: { value: 'N', help: 'threads of every contender (default: all the process may use)' },
     rounds: { value: 'N', help: 'rounds of decoding; medians are taken over them', default: '7' },
     tokens: { value: 'N', help: 'tokens decoded by each contender in a round', default: '8' },
@@ -49,11 +50,14 @@ export const model: Command = {
       count(values, 'tokens'),
       count(values, 'chunk'),
     ];
+    const device = text(values, 'backend');
+    if (device !== 'cpu' && device !== 'cuda')
+      throw new UsageError(`--backend must be cpu or cuda, not "${device ?? ''}"`);
     const names = list(values, 'schemes')!;
     const types = list(values, 'peer') ?? [];
     const out = text(values, 'out');
 
-    await using backend = await createBackend({ backend: 'cpu', threads });
+    await using backend = await createBackend({ backend: device, threads });
     using opened = await Model.open(backend, path, { activations });
     const { vocabulary, contextLength } = opened.config;
     const longest = Math.max(...contexts) + tokens + 2;
@@ -85,7 +89,10 @@ export const model: Command = {
         benchmark: 'model',
         command: commandLine(out),
         machine: describeMachine(),
-        isa: backend.info.isa,
+        isa:
+          device === 'cpu'
+            ? backend.info.isa
+            : `${backend.info.cuda.devices[0]!.name}, prefill by ${opened.products}`,
         model: opened.identity.name,
         bytesPerToken: opened.bytesPerToken,
         threads,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can answer, on a machine with a driver, nvcc, cmake and a C++ compiler, without a network.
-# usage: gpu/run.sh [build|test|sanitize|bench|all] [FOLDER]      (all; ./gpu-results)
+# usage: gpu/run.sh [build|test|model|sanitize|bench|all] [FOLDER]      (all; ./gpu-results)
 # Writes FOLDER/results.json, FOLDER/summary.md, the log of every step and the benchmark's JSON and table. Every step has a
-# time limit, together under 9 minutes. Exit code 1 if a step failed; what cannot run here is named and is no failure.
+# time limit, together under 11 minutes, and 2 more where there is a model to run. Exit code 1 if a step failed; what cannot run here is named and is no failure.
 # INNERKV_LIMIT_SCALE multiplies the limits, for machines of few cores; INNERKV_CUDA_ARCHS (90-real) is as for cmake.
 # Works in a checkout after `npm ci` and in the folder that `npm run gpu:bundle` makes.
 set -uo pipefail
@@ -10,7 +10,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=all out=
 for argument in "$@"; do
   case $argument in
-    build | test | sanitize | bench | all) stage=$argument ;;
+    build | test | model | sanitize | bench | all) stage=$argument ;;
     *) out=$argument ;;
   esac
 done
@@ -70,15 +70,16 @@ gpu_at_hand() { "$build/ptx_golden" >/dev/null 2>&1; [[ $? != 77 && -x $build/pt
 run_build() {
   step configure 30 configure || return
   # The programs that need the GPU first, so that a slow machine has those.
-  step build 130 cmake --build "$build" -j "$cores" --target innerkv ptx_golden gpu_backend_gpu_test innerkv_cuda_bench ||
+  step build 130 cmake --build "$build" -j "$cores" --target innerkv ptx_golden gpu_backend_gpu_test \
+    gpu_products_gpu_test gpu_model_gpu_test innerkv_cuda_bench ||
     return
   mkdir -p build/Release && cp "$build/innerkv.node" build/Release/
   step build-native-tests 90 cmake --build "$build" -j "$cores"
 }
 
-# Left out: the examples of the documents, which need type declarations that the bundle has not.
+# Left out: the examples of the documents, which need type declarations that the bundle has not, and recorded data.
 jest() {
-  INNERKV_BACKEND=cuda "$node" node_modules/jest/bin/jest.js --json --outputFile="$out/jest.json" \
+  INNERKV_DATA=$root/none INNERKV_BACKEND=cuda "$node" node_modules/jest/bin/jest.js --json --outputFile="$out/jest.json" \
     --maxWorkers="$((cores < 8 ? cores : 8))" --testPathIgnorePatterns 38.documents \
     --testPathPatterns test/integration test/property test/unit
 }
@@ -86,13 +87,40 @@ jest() {
 run_test() {
   lines=2 step ptx_golden 20 "$build/ptx_golden"
   lines=8 step gpu_backend 50 "$build/gpu_backend_gpu_test"
+  lines=12 step gpu_products 20 "$build/gpu_products_gpu_test"
+  lines=10 step gpu_model 30 "$build/gpu_model_gpu_test"
   if gpu_at_hand; then
     lines=8 step jest-cuda 100 jest
   else
     note jest-cuda 'NOT RUN: no usable GPU' 0
   fi
-  lines=8 step native-tests 45 ctest --test-dir "$build" -j "$cores" -E '^(ptx_golden|gpu_backend_gpu_test)$' \
+  lines=8 step native-tests 45 ctest --test-dir "$build" -j "$cores" -E '^(ptx_golden|gpu_.*_gpu_test)$' \
     --output-on-failure
+}
+
+# A real model: recorded losses and logits, then its speed. It is no part of the bundle: INNERKV_DATA names the folder.
+data=${INNERKV_DATA:-$root/../shared/data}
+smollm2=$data/models/smollm2-135m/smollm2-135m-instruct.q4_1.gguf
+export smollm2
+
+goldens() {
+  INNERKV_BACKEND=cuda "$node" node_modules/jest/bin/jest.js --testPathPatterns test/integration/60.model.goldens
+}
+
+model_bench() {
+  "$node" node_modules/ts-node/dist/bin.js --transpile-only benchmarks/run.ts model --backend cuda --model "$smollm2" \
+    --contexts 64,4096 --schemes fp16,rotated-k4v4,rotated-k3v3,rotated-k2v2 --rounds 5 --tokens 16 --out "$out/model"
+}
+
+run_model() {
+  if [[ ! -f $smollm2 ]]; then
+    note model "NOT RUN: no model at $smollm2" 0
+  elif gpu_at_hand; then
+    lines=8 step model-goldens 60 goldens
+    lines=3 step model-bench 60 model_bench
+  else
+    note model 'NOT RUN: no usable GPU' 0
+  fi
 }
 
 run_sanitize() {
@@ -129,6 +157,7 @@ case $stage in
   all)
     run_build
     run_test
+    run_model
     run_sanitize
     run_bench
     ;;
@@ -152,10 +181,9 @@ esac
   echo '| step | result | seconds |'
   echo '| --- | --- | ---: |'
   while IFS=$'\t' read -r name status seconds; do echo "| $name | $status | $seconds |"; done <"$out/steps-$stage.tsv"
-  if [[ -f $out/bench.md ]]; then
-    echo
-    cat "$out/bench.md"
-  fi
+  for table in bench model; do
+    [[ ! -f $out/$table.md ]] || { echo && cat "$out/$table.md"; }
+  done
 } >"$out/summary.md"
 sed -n '/^| step/,$p' "$out/summary.md"
 echo "results: $out/summary.md, $out/results.json"

@@ -71,7 +71,7 @@ export function renderReport(report: Report): string {
     ? `; ${peer.name} ${peer.version}, flash attention ${peer.flashAttention ? 'on' : 'off'}`
     : '';
   return [
-    '# A model on a processor',
+    '# A model through the cache',
     '',
     `\`${report.command}\`, ${machine.date}, commit ${machine.commit}`,
     '',
