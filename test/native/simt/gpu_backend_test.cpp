@@ -4,9 +4,9 @@
 // INNERKV_GPU_LONGEST, tokens of the longest sequence; INNERKV_GPU_SEED.
 #include <cstdlib>
 
-#include "simt/gpu_tensors.h"
 #include "attention_bound.h"
 #include "cuda/routes.h"
+#include "simt/gpu_tensors.h"
 #include "simt/gpu_under_test.h"
 #include "support.h"
 
