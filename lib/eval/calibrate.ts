@@ -2,7 +2,8 @@
 import { type AbortOptions } from '../abort';
 import { KvCache } from '../cache';
 import { invalid } from '../errors';
-import { type Model, type RecordedMoments, type Tokens } from '../model/runner';
+import { type RecordedMoments } from '../model/moments';
+import { type Model, type Tokens } from '../model/runner';
 import { schemes, type CalibratedOptions, type DescribedScheme } from '../schemes';
 import { checkInteger } from '../tensor';
 

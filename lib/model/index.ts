@@ -12,7 +12,8 @@ export type {
 export type { Architecture } from './config';
 export type { ChatMessage, ChatOptions, ChatTemplate } from './chat';
 export type { DecodeOptions, EncodeOptions, TokenStream, Tokenizer, TokenizerKind } from './tokenizer';
-export { Model, MomentsRecorder } from './runner';
+export { MomentsRecorder, type RecordedMoments } from './moments';
+export { Model } from './runner';
 export type {
   Activations,
   ForwardItem,
@@ -20,7 +21,6 @@ export type {
   ModelCacheOptions,
   ModelWeights,
   PassTimes,
-  RecordedMoments,
   ScoreItem,
   Tokens,
 } from './runner';

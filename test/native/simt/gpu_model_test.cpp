@@ -1,6 +1,7 @@
 // The model runner on the GPU against the same runner on the CPU: small random models of every type of
 // weights, through caches of their own backends. Runs on the emulated GPU (gpu_model_test) and on a real one
 // (gpu_model_gpu_test).
+// Long file: small models of every kind, and every way in which a pass can fail.
 //
 // Both sides add in other orders, so they differ by noise, whose size follows from what is rounded on the
 // way:

@@ -1,6 +1,7 @@
 // The kernels of the model runner on the GPU against its CPU kernels: equal bits where nothing but integers
 // and single roundings is involved, else within the error of the stated order of sums. Runs on the emulated
 // GPU (gpu_products_test) and on a real one (gpu_products_gpu_test).
+// Long file: every kernel of a model, in the order of a layer.
 #include "simt/gpu_products.h"
 
 #include <cmath>
