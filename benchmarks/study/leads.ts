@@ -13,7 +13,7 @@ import { inValueBasis, valueBases, valueMoments, type ValueBasis } from './value
 export interface Lead {
   readonly name: string;
   readonly question: string;
-  run(places: LeadPlaces): Promise<void>;
+  readonly run: (places: LeadPlaces) => Promise<void>;
 }
 
 export interface LeadPlaces {
