@@ -71,7 +71,7 @@ run_build() {
   step configure 30 configure || return
   # The programs that need the GPU first, so that a slow machine has those.
   step build 130 cmake --build "$build" -j "$cores" --target innerkv ptx_golden gpu_backend_gpu_test \
-    gpu_products_gpu_test gpu_model_gpu_test innerkv_cuda_bench ||
+    attend_half_gpu_test gpu_products_gpu_test gpu_model_gpu_test innerkv_cuda_bench ||
     return
   mkdir -p build/Release && cp "$build/innerkv.node" build/Release/
   step build-native-tests 90 cmake --build "$build" -j "$cores"
@@ -87,6 +87,7 @@ jest() {
 run_test() {
   lines=2 step ptx_golden 20 "$build/ptx_golden"
   lines=8 step gpu_backend 50 "$build/gpu_backend_gpu_test"
+  lines=8 step attend_half 30 "$build/attend_half_gpu_test"
   lines=12 step gpu_products 20 "$build/gpu_products_gpu_test"
   lines=10 step gpu_model 30 "$build/gpu_model_gpu_test"
   if gpu_at_hand; then
@@ -94,7 +95,7 @@ run_test() {
   else
     note jest-cuda 'NOT RUN: no usable GPU' 0
   fi
-  lines=8 step native-tests 45 ctest --test-dir "$build" -j "$cores" -E '^(ptx_golden|gpu_.*_gpu_test)$' \
+  lines=8 step native-tests 45 ctest --test-dir "$build" -j "$cores" -E '^(ptx_golden|.*_gpu_test)$' \
     --output-on-failure
 }
 

@@ -65,8 +65,8 @@ struct RequestArgs {
   bool causal;
 };
 
-/// Some rows of one KV head against the stored values of a run of tiles, or against everything whose values
-/// are raw: the sink and, from first_tile on, the tokens whose values are still in the ring.
+/// Some rows of one KV head against the stored values of a run of tiles or, with `raw`, against those of its
+/// tokens whose keys are stored and whose values are still in the ring.
 struct TaskArgs {
   int request, kv_head, first_row, rows, first_tile, end_tile, split;
   bool raw;

@@ -1,13 +1,12 @@
-// Attention for every format: the path that reads windows, 16-bit pages and what routes.h does not list. One
-// multiplication per code and query row on ordinary cores.
+// Attention for every format: the path that reads what routes.h does not list, float32 rows, and tokens of
+// which only the values are in a window. One multiplication per code and query row on ordinary cores.
 //
 // - Shape: a block of 128 threads per task, up to kRows query rows of one KV head against a run of tiles of
-//   128 tokens; the task of raw values also does the sink.
-// - Reads: pages, windows, queries; every page byte once per task.
+//   128 tokens.
+// - Reads: pages, the ring, queries; every page byte once per task.
 // - Writes: the task's softmax state (maximum in base 2, sum), unnormalised output; logits.
-// - Exchange: scores, prepared queries and scales of a tile lie in shared memory; thread = slot, then thread
-// =
-//   channel.
+// - Exchange: scores, prepared queries and scales of a tile lie in shared memory; thread = slot, then
+//   thread = channel.
 // - Order: tiles ascending; a state does not depend on other tasks or on the number of multiprocessors.
 // - Limits: head_dim <= 256; rows <= kRows.
 #pragma once
@@ -99,7 +98,7 @@ INNERKV_DEVICE void tile_probabilities(const Tile& t, int tile, int begin, int e
 }
 
 /// Grid: tasks; 128 threads; dynamic shared memory sizeof(TileMemory).
-INNERKV_KERNEL(128)
+INNERKV_KERNEL(128, 1)
 void attend_any(AttendRule rule, const RequestArgs* requests, const HeadArgs* heads, const TaskArgs* tasks) {
   const TaskArgs& task = tasks[blockIdx.x];
   const HeadArgs& head = heads[task.request * rule.kv_heads + task.kv_head];
@@ -116,28 +115,14 @@ void attend_any(AttendRule rule, const RequestArgs* requests, const HeadArgs* he
   t.load_queries();
   __syncthreads();
 
-  for (int begin = 0; task.raw && begin < head.sink; begin += kPageTokens) {
-    const int count = head.sink - begin < kPageTokens ? head.sink - begin : kPageTokens;
-    if (t.nothing_visible(begin, begin + count)) {
-      t.hide_logits(begin, 0, count);
-      continue;
-    }
-    t.raw_scores({head.sink_k + static_cast<std::ptrdiff_t>(begin) * D, false}, count, 0);
-    __syncthreads();
-    t.softmax(begin, 0, count, nullptr, 0);
-    __syncthreads();
-    out.rescale(t.s, task.rows);
-    out.add_rows(t, {head.sink_v + static_cast<std::ptrdiff_t>(begin) * D, false}, count, 0);
-    __syncthreads();
-  }
-
   int prepared = -1;
   for (int tile = task.first_tile; tile < task.end_tile; ++tile) {
     const int first = tile * kPageTokens, position = head.sink + first;
     const int count = clamp_int(head.tokens - position, 0, kPageTokens),
               v_stored = clamp_int(head.v_quantised - first, 0, count);
-    const int begin = task.raw ? v_stored : 0, end = task.raw ? count : v_stored;
-    if (begin == end) continue;
+    const int begin = task.raw ? v_stored : 0,
+              end = task.raw ? clamp_int(head.k_quantised - first, 0, count) : v_stored;
+    if (begin >= end) continue;
     if (t.nothing_visible(position + begin, position + end)) {
       t.hide_logits(position, begin, end);
       continue;

@@ -5,6 +5,7 @@
 
 #include "../core/error.h"
 #include "attend_any.cuh"
+#include "attend_half.h"
 #include "attend_mma.h"
 #include "device.h"
 #include "gpu_backend.h"
@@ -15,19 +16,28 @@ namespace innerkv::gpu {
 
 namespace {
 
-/// Tiles of one task. A function of the sequence's length alone, so that results depend on nothing else.
-int run_tiles(int tiles) { return std::clamp(ceil_div(tiles, 32), 1, 32); }
+// What runs where:
+//   keys and values of 16 bits: windows, 16-bit pages, plain attention    attend_half
+//   stored keys and values of the formats that mma_rows() knows           attend_mma
+//   other stored values; values in the ring whose keys are stored         attend_any
 
-/// How one request is split: stored values by runs of tiles, then one split for raw values.
+bool half_pages(const AttendRule& rule) { return rule.k.raw() && rule.v.raw() && !rule.float32; }
+
+/// How one request is split: stored values by runs of tiles, then tokens whose keys and values are in windows
+/// by runs of tokens, then tokens of which only the values are. A function of the sequence's length and
+/// format alone, so that results depend on nothing else.
 struct Plan {
-  int stored_tiles, run, stored_splits, first_raw_tile, tiles;
-  explicit Plan(const HeadArgs& head)
+  int stored_tiles, run, stored_splits, raw_tokens, raw_run, raw_splits;
+  bool mixed;
+  Plan(const AttendRule& rule, const HeadArgs& head)
       : stored_tiles(ceil_div(head.v_quantised, kPageTokens)),
-        run(run_tiles(stored_tiles)),
+        run(std::clamp(ceil_div(stored_tiles, half_pages(rule) ? 64 : 32), 1, 32)),
         stored_splits(ceil_div(stored_tiles, run)),
-        first_raw_tile(head.v_quantised / kPageTokens),
-        tiles(std::max(0, ceil_div(head.tokens - head.sink, kPageTokens))) {}
-  int splits() const { return stored_splits + 1; }
+        raw_tokens(head.tokens - std::max(head.k_quantised, head.v_quantised)),
+        raw_run(16 * std::max(2, ceil_div(raw_tokens, 16 * 32))),  // latency counts, so runs are short
+        raw_splits(std::max(ceil_div(raw_tokens, raw_run), stored_splits > 0 ? 0 : 1)),
+        mixed(head.k_quantised > head.v_quantised) {}
+  int splits() const { return stored_splits + raw_splits + mixed; }
 };
 
 }  // namespace
@@ -36,29 +46,42 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
                                std::span<const AttendRequest> requests, std::span<const HeadArgs> heads) {
   const int D = rule.head_dim, query_heads = rule.kv_heads * rule.group;
   std::vector<TaskArgs> tasks, fast_tasks;
+  std::vector<HalfTask> half_tasks;
   std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0, host_rows = 0;
-  int most_rows = 0, most_splits = 0, most_blocks = 0, fast_rows = 0;
+  int most_rows = 0, most_splits = 0, most_blocks = 0, fast_rows = 0, rows_a_half_task = 0;
   std::size_t prepared_rows = 0;
-  for (const AttendRequest& request : requests)
+  for (const AttendRequest& request : requests) {
     fast_rows = std::max(fast_rows, mma_rows(rule, request.q_tokens * rule.group));
+    rows_a_half_task = std::max(rows_a_half_task, half_rows(rule, request.q_tokens * rule.group));
+  }
   const auto blocks_of = [&](const Plan& plan) {
     if (fast_rows == 0 || plan.stored_tiles == 0) return 0;
     return rule.block_tokens > 0 ? ceil_div(plan.stored_tiles * kPageTokens, rule.block_tokens) : 1;
   };
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const HeadArgs& first_head = heads[i * at(rule.kv_heads)];
-    const Plan plan(first_head);
+    const Plan plan(rule, first_head);
     const int rows = requests[i].q_tokens * rule.group, request = static_cast<int>(i);
     for (int kv = 0; kv < rule.kv_heads; ++kv) {
-      const auto add = [&](std::vector<TaskArgs>& to, int rows_a_task, int begin, int end, int split,
-                           bool raw) {
+      const auto add = [&](auto& to, int rows_a_task, int begin, int end, int split, bool raw) {
         for (int first = 0; first < rows; first += rows_a_task)
           to.push_back({request, kv, first, std::min(rows_a_task, rows - first), begin, end, split, raw});
       };
-      for (int split = 0; split < plan.stored_splits; ++split)
-        add(fast_rows > 0 ? fast_tasks : tasks, fast_rows > 0 ? fast_rows : kRows, split * plan.run,
-            std::min(plan.stored_tiles, (split + 1) * plan.run), split, false);
-      add(tasks, kRows, plan.first_raw_tile, plan.tiles, plan.stored_splits, true);
+      for (int split = 0; split < plan.stored_splits; ++split) {
+        const int begin = split * plan.run, end = std::min(plan.stored_tiles, begin + plan.run);
+        if (half_pages(rule))
+          add(half_tasks, rows_a_half_task, begin, end, split, false);
+        else if (fast_rows > 0)
+          add(fast_tasks, fast_rows, begin, end, split, false);
+        else
+          add(tasks, kRows, begin, end, split, false);
+      }
+      for (int split = 0; split < plan.raw_splits; ++split)
+        add(half_tasks, rows_a_half_task, split * plan.raw_run,
+            std::min(plan.raw_tokens, (split + 1) * plan.raw_run), plan.stored_splits + split, true);
+      if (plan.mixed)
+        add(tasks, kRows, first_head.v_quantised / kPageTokens, ceil_div(first_head.k_quantised, kPageTokens),
+            plan.splits() - 1, true);
     }
     const std::size_t all = at(requests[i].q_tokens) * at(query_heads);
     rows_in_all += all;
@@ -78,10 +101,11 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
       reinterpret_cast<float*>(results_.reserve(sizeof(float) * (rows_in_all * at(D + 1) + logits_in_all)));
   Upload upload(arguments_,
                 Upload::room<TaskArgs>(tasks.size()) + Upload::room<TaskArgs>(fast_tasks.size()) +
-                    Upload::room<PreparedArgs>(requests.size()) + Upload::room<MergeArgs>(requests.size()) +
-                    Upload::room<RequestArgs>(requests.size()) + Upload::room<HeadArgs>(heads.size()) +
-                    Upload::room<float>(host_rows * at(D)));
+                    Upload::room<HalfTask>(half_tasks.size()) + Upload::room<PreparedArgs>(requests.size()) +
+                    Upload::room<MergeArgs>(requests.size()) + Upload::room<RequestArgs>(requests.size()) +
+                    Upload::room<HeadArgs>(heads.size()) + Upload::room<float>(host_rows * at(D)));
   TaskArgs *task_args, *fast_args;
+  HalfTask* half_args;
   PreparedArgs* prepared_args;
   MergeArgs* merge_args;
   RequestArgs* request_args;
@@ -89,6 +113,7 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
   float* q;
   const TaskArgs* tasks_there = upload.add(tasks.size(), &task_args);
   const TaskArgs* fast_there = upload.add(fast_tasks.size(), &fast_args);
+  const HalfTask* half_there = upload.add(half_tasks.size(), &half_args);
   const PreparedArgs* prepared_there = upload.add(requests.size(), &prepared_args);
   const MergeArgs* merges_there = upload.add(requests.size(), &merge_args);
   const RequestArgs* requests_there = upload.add(requests.size(), &request_args);
@@ -96,12 +121,13 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
   const float* q_there = upload.add(host_rows * at(D), &q);
   std::copy(tasks.begin(), tasks.end(), task_args);
   std::copy(fast_tasks.begin(), fast_tasks.end(), fast_args);
+  std::copy(half_tasks.begin(), half_tasks.end(), half_args);
   std::copy(heads.begin(), heads.end(), head_args);
   std::size_t row = 0, host_row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1);
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const HeadArgs& head = heads[i * at(rule.kv_heads)];
-    const Plan plan(head);
+    const Plan plan(rule, head);
     const std::size_t rows = at(request.q_tokens) * at(query_heads);
     const float* queries = request.q;
     if (!request.q_on_device) {
@@ -133,8 +159,12 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
   }
   upload.flush();
   launches_begin();
-  run("attend", attend_any, dim3(static_cast<unsigned>(tasks.size())), kTileThreads, sizeof(TileMemory), rule,
-      requests_there, heads_there, tasks_there);
+  if (!tasks.empty())
+    run("attend", attend_any, dim3(static_cast<unsigned>(tasks.size())), kTileThreads, sizeof(TileMemory),
+        rule, requests_there, heads_there, tasks_there);
+  device::check(attend_half_tasks(rule, requests_there, heads_there, half_there,
+                                  static_cast<int>(half_tasks.size()), rows_a_half_task, device::stream()),
+                "attend");
   if (!fast_tasks.empty())
     device::check(attend_mma_tasks(rule, requests_there, heads_there, prepared_there,
                                    static_cast<int>(requests.size()), most_rows, most_blocks, fast_there,

@@ -25,8 +25,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-/// INNERKV_KERNEL(128) void name(Args args): the block is of at most 128 threads.
-#define INNERKV_KERNEL(threads) __global__ __launch_bounds__(threads)
+/// INNERKV_KERNEL(128) void name(Args args): the block is of at most 128 threads. A second number asks for so
+/// many blocks a multiprocessor; 1 keeps ptxas from spilling a few registers to make room for more.
+#define INNERKV_KERNEL(...) __global__ __launch_bounds__(__VA_ARGS__)
 #define INNERKV_DEVICE __device__ __forceinline__
 /// INNERKV_SHARED(float, tile, [4][32]): a static shared array or, without dimensions, an object.
 #define INNERKV_SHARED(type, name, dimensions) __shared__ type name dimensions
@@ -72,7 +73,7 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size
 #else
 #include "simt/simt.h"
 
-#define INNERKV_KERNEL(threads)
+#define INNERKV_KERNEL(...)
 #define INNERKV_DEVICE inline
 // NOLINTNEXTLINE
 #define INNERKV_SHARED(type, name, dimensions)                                     \

@@ -10,17 +10,19 @@
  *   4. Per page of 128 tokens, w_j = p_j·t_j (t the value scale of the token, or 1 when it belongs to the channel) becomes an
  *      integer of step max_page(w)/32639; w meets (code − offset) in exact integer sums. In modes with zero points, value
  *      groups of one token keep w for the bare code, while zero point and offset meet p in float32.
- *   5. Windows, 16-bit tensors and everything else: float32.
+ *   5. Windows and 16-bit tensors: float32, or tensor cores on q and p in two binary16 parts: each is x = 2^e·(hi + lo) with an error of
+ *      at most 2u·|x| + 2^−38·max|x| (lo may be subnormal), products are exact, and a sum grows by 16 products at a time, each cut off
+ *      at no more than u times the largest of 17 numbers. Everything else: float32.
  *
  * Logit of token j, worst case:  |δ_j| <= σ·[ (step/2 + tiny)·Σ|x̂_c|                         rounding of q' (2)
  *     + gamma(20)·Σ q̄_c·|x̂_c|     float32 q': 2 softmax scale, 3 rotation, 1 lam, 8 butterflies, 2 factor, 4 step and quotient
  *     + gamma(12 + groups)·Σ (q̄_c + step)·(s·(code + offset) + |z|)      conversions, scales, sums over groups
  *     + gamma(D + 30)·Σ |R||q|·|mu| ]    + u·(8·(|logit| + max|logit| + 1) + 4·parts)      exponent, exp2 (2 ulp), rescaling
- *   with q̄ = |H|·lam·|R||q|, magnitudes throughout. Window tokens: gamma(D + 6)·σ·Σ|q_c||k_c| instead of the first three lines.
+ *   with q̄ = |H|·lam·|R||q|, magnitudes throughout. Window tokens: σ·[gamma(17D/16 + 10)·Σ|q_c||k_c| + 2^−37·max|q|·Σ|k_c|] instead of the first three lines.
  *   A softcap is 1-Lipschitz and adds its own 8u·cap.
  * Output: with p̂_j ∝ p_j·e^δ_j,  ô − o = Σ p_j(e^δ_j − 1)(v_j − o) / Σ p_j e^δ_j  because Σ p_j(v_j − o) = 0; hence, channel by channel,
  *   |ô − o| <= Σ p_j(e^|δ_j| − 1)|v_j − o| / Σ p_j e^−|δ_j|      (to first order at most 2·max δ·max|v − o|)
- *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(152 + 2·parts + 16-bit values)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
+ *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(156 + 2·parts + 17/16·16-bit values)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
  *   level = code − offset (code: see 4), or s·(code − offset) + z when the scale belongs to the channel; step_w from the largest p a native run
  *   may have, p·e^max|δ| / Σ p_j e^−|δ_j|; v̄ = s·(code + offset) + |z|. The normaliser is the float32 sum of p, not of w.
  * These are worst cases: every rounding at its limit and all of one sign. `typical` takes the two integer roundings as independent and
@@ -38,6 +40,9 @@ const u = 2 ** -24;
 const TINY = 1e-30;
 /** Largest integer of a 16-bit query or probability: 127·256 + 127. */
 export const INTEGER_RANGE = 32639;
+
+/** Roundings a product meets in sums of tensor cores: 17 numbers are aligned for every 16 that are added. */
+const TENSOR_CORE_SUM = 17 / 16;
 
 export function gamma(k: number): number {
   return (k * u) / (1 - k * u);
@@ -80,12 +85,10 @@ export function attentionTolerance(
   const values = tokens.map((token) => head.value(token));
   const rounding = weightRounding(head, run);
   const inflation = Math.exp(logits.reduce((a, b) => max(a, b), 0)) / (least || 1);
-  const chain = gamma(
-    PAGE_TOKENS +
-      2 * parts +
-      tokens.filter(({ value }) => value.kind === 'window' || head.scheme.value.bits === 16).length +
-      24,
-  );
+  const halves = tokens.filter(
+    ({ value }) => value.kind === 'window' || head.scheme.value.bits === 16,
+  ).length;
+  const chain = gamma(PAGE_TOKENS + 2 * parts + TENSOR_CORE_SUM * halves + 28);
   const magnitude = valueMagnitude(head, run);
 
   const bound = new Float64Array(dim);
@@ -125,8 +128,7 @@ function logitError(
   const dim = q.length;
   const stored = head.storedKey(token);
   if (token.key.kind === 'window') {
-    const products = stored.reduce((sum, k, c) => sum + abs(k * q[c]!), 0);
-    return { worst: gamma(dim + 6) * products, typical: 0 };
+    return { worst: halfProducts(stored, Float64Array.from(q, abs)), typical: 0 };
   }
   const { mu } = head.keySteps(token.position);
   const { relative, transformed } = queryMagnitudes(q, head, token);
@@ -135,8 +137,7 @@ function logitError(
     : 0;
   const transforming = gamma(20) * stored.reduce((sum, k, c) => sum + abs(k) * transformed[c]!, 0);
   if (head.scheme.key.bits === 16) {
-    const products = stored.reduce((sum, k, c) => sum + abs(k) * transformed[c]!, 0);
-    return { worst: constant + transforming + gamma(dim + 6) * products, typical: 0 };
+    return { worst: constant + transforming + halfProducts(stored, transformed), typical: 0 };
   }
 
   const { query } = meetKey(q, head, token);
@@ -154,6 +155,16 @@ function logitError(
     worst: rounded + transforming + gamma(12 + groups) * scaling + constant,
     typical: (step / Math.sqrt(12)) * norm,
   };
+}
+
+/** Error of a sum of products with a 16-bit key; `sizes` are the magnitudes of the query. */
+function halfProducts(key: ArrayLike<number>, sizes: Float64Array): number {
+  const keys = Array.from(key, abs);
+  const products = keys.reduce((sum, k, c) => sum + k * sizes[c]!, 0);
+  return (
+    gamma(TENSOR_CORE_SUM * keys.length + 10) * products +
+    2 ** -37 * sizes.reduce((a, b) => max(a, b), 0) * keys.reduce((a, b) => a + b, 0)
+  );
 }
 
 /** Magnitudes that bound every intermediate of the transformed query: |R||q| and |H|·lam·|R||q|. */

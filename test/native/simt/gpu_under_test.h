@@ -26,6 +26,7 @@ inline std::vector<std::string> take_reports() {
 
 }  // namespace simt
 #else
+#include "cuda/attend_half.cu"
 #include "cuda/attend_mma.cu"
 #include "cuda/gpu_attend.cu"
 #include "cuda/gpu_backend.cu"
