@@ -75,7 +75,7 @@ struct TaskArgs {
 struct AttendRule {
   TensorSpec k, v;
   int head_dim = 0, kv_heads = 0, group = 0, block_tokens = 0, pairs = 0;
-  bool half_layout = false, hadamard_k = false;
+  bool half_layout = false, hadamard_k = false, hadamard_v = false;
   bool float32 = false;  // 16-bit pages hold float32 rows: plain attention only
   float scale = 0, softcap = 0;
 };

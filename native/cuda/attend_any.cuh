@@ -54,7 +54,7 @@ struct TileOutput {
       if (c >= D) break;
       const int group = blocks ? c : c / group_channels(t.rule.v.group, D);
       for (int quad = 0; 4 * quad < slots; ++quad) {
-        const std::uint32_t codes = Tile::codes_of(words, shape, c, quad);
+        const std::uint32_t codes = codes_of(words, shape, c, quad);
         for (int j = 0; j < 4 && 4 * quad + j < slots; ++j) {
           const int slot = 4 * quad + j, index = layout.scale_index(slot, group);
           const float value =

@@ -11,6 +11,7 @@
 #include "gpu_backend.h"
 #include "merge.h"
 #include "mirrors.h"
+#include "prefill_plan.h"
 
 namespace innerkv::gpu {
 
@@ -20,8 +21,8 @@ namespace {
 //   keys and values of 16 bits: windows, 16-bit pages, plain attention    attend_half
 //   stored keys and values of the formats that mma_rows() knows           attend_mma
 //   other stored values; values in the ring whose keys are stored         attend_any
-
-bool half_pages(const AttendRule& rule) { return rule.k.raw() && rule.v.raw() && !rule.float32; }
+// except for a request of many query rows, is_prefill(): dequantise, where pages are not of 16 bits, and
+// attend_prefill for all its tokens.
 
 /// How one request is split: stored values by runs of tiles, then tokens whose keys and values are in windows
 /// by runs of tokens, then tokens of which only the values are. A function of the sequence's length and
@@ -42,15 +43,19 @@ struct Plan {
 
 }  // namespace
 
-void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
-                               std::span<const AttendRequest> requests, std::span<const HeadArgs> heads) {
+void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendRequest> requests,
+                               std::span<const HeadArgs> heads) {
   const int D = rule.head_dim, query_heads = rule.kv_heads * rule.group;
   std::vector<TaskArgs> tasks, fast_tasks;
   std::vector<HalfTask> half_tasks;
   std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0, host_rows = 0;
   int most_rows = 0, most_splits = 0, most_blocks = 0, fast_rows = 0, rows_a_half_task = 0;
   std::size_t prepared_rows = 0;
+  std::vector<Prefill> prefills;
+  std::vector<PrefillTask> prefill_tasks;
+  std::size_t prefill_bytes = 0;
   for (const AttendRequest& request : requests) {
+    if (is_prefill(rule, request)) continue;
     fast_rows = std::max(fast_rows, mma_rows(rule, request.q_tokens * rule.group));
     rows_a_half_task = std::max(rows_a_half_task, half_rows(rule, request.q_tokens * rule.group));
   }
@@ -62,6 +67,19 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
     const HeadArgs& first_head = heads[i * at(rule.kv_heads)];
     const Plan plan(rule, first_head);
     const int rows = requests[i].q_tokens * rule.group, request = static_cast<int>(i);
+    const std::size_t all = at(requests[i].q_tokens) * at(query_heads);
+    rows_in_all += all;
+    if (!requests[i].q_on_device) host_rows += all;
+    if (requests[i].logits) logits_in_all += all * at(first_head.tokens);
+    most_rows = std::max(most_rows, static_cast<int>(all));
+    if (is_prefill(rule, requests[i])) {
+      const Prefill& one = prefills.emplace_back(rule, requests[i], heads, request,
+                                                 static_cast<int>(prefills.size()), prefill_tasks);
+      split_rows += all * at(one.plan.splits);
+      most_splits = std::max(most_splits, one.plan.splits);
+      prefill_bytes = std::max(prefill_bytes, one.plan.buffer_bytes(rule));
+      continue;
+    }
     for (int kv = 0; kv < rule.kv_heads; ++kv) {
       const auto add = [&](auto& to, int rows_a_task, int begin, int end, int split, bool raw) {
         for (int first = 0; first < rows; first += rows_a_task)
@@ -83,33 +101,34 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
         add(tasks, kRows, first_head.v_quantised / kPageTokens, ceil_div(first_head.k_quantised, kPageTokens),
             plan.splits() - 1, true);
     }
-    const std::size_t all = at(requests[i].q_tokens) * at(query_heads);
-    rows_in_all += all;
-    if (!requests[i].q_on_device) host_rows += all;
     split_rows += all * at(plan.splits());
-    if (requests[i].logits) logits_in_all += all * at(first_head.tokens);
-    most_rows = std::max(most_rows, static_cast<int>(all));
     most_splits = std::max(most_splits, plan.splits());
     most_blocks = std::max(most_blocks, blocks_of(plan));
     prepared_rows += all * at(blocks_of(plan));
   }
   auto* prepared_bytes = prepared_.reserve(prepared_rows * (2 * at(D) + sizeof(PreparedRow)));
   auto* prepared_info = reinterpret_cast<PreparedRow*>(prepared_bytes + prepared_rows * 2 * at(D));
+  std::uint8_t* dequantised = prefill_.reserve(prefill_bytes);
   auto* partial = reinterpret_cast<float*>(work_.reserve(sizeof(float) * split_rows * at(D + 2)));
   auto* states = reinterpret_cast<float2*>(partial + split_rows * at(D));
   auto* results =
       reinterpret_cast<float*>(results_.reserve(sizeof(float) * (rows_in_all * at(D + 1) + logits_in_all)));
+  const std::size_t views = prefills.size() * at(rule.kv_heads);
   Upload upload(arguments_,
                 Upload::room<TaskArgs>(tasks.size()) + Upload::room<TaskArgs>(fast_tasks.size()) +
                     Upload::room<HalfTask>(half_tasks.size()) + Upload::room<PreparedArgs>(requests.size()) +
                     Upload::room<MergeArgs>(requests.size()) + Upload::room<RequestArgs>(requests.size()) +
-                    Upload::room<HeadArgs>(heads.size()) + Upload::room<float>(host_rows * at(D)));
+                    Upload::room<HeadArgs>(heads.size() + views) + Upload::room<DequantiseArgs>(views) +
+                    Upload::room<PrefillTask>(prefill_tasks.size()) +
+                    Upload::room<float>(host_rows * at(D)));
   TaskArgs *task_args, *fast_args;
   HalfTask* half_args;
   PreparedArgs* prepared_args;
   MergeArgs* merge_args;
   RequestArgs* request_args;
   HeadArgs* head_args;
+  PrefillTask* prefill_args;
+  DequantiseArgs* dequantise_args;
   float* q;
   const TaskArgs* tasks_there = upload.add(tasks.size(), &task_args);
   const TaskArgs* fast_there = upload.add(fast_tasks.size(), &fast_args);
@@ -117,17 +136,26 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
   const PreparedArgs* prepared_there = upload.add(requests.size(), &prepared_args);
   const MergeArgs* merges_there = upload.add(requests.size(), &merge_args);
   const RequestArgs* requests_there = upload.add(requests.size(), &request_args);
-  const HeadArgs* heads_there = upload.add(heads.size(), &head_args);
+  const HeadArgs* heads_there = upload.add(heads.size() + views, &head_args);
+  const PrefillTask* prefill_there = upload.add(prefill_tasks.size(), &prefill_args);
+  const DequantiseArgs* dequantise_there = upload.add(views, &dequantise_args);
   const float* q_there = upload.add(host_rows * at(D), &q);
   std::copy(tasks.begin(), tasks.end(), task_args);
   std::copy(fast_tasks.begin(), fast_tasks.end(), fast_args);
   std::copy(half_tasks.begin(), half_tasks.end(), half_args);
   std::copy(heads.begin(), heads.end(), head_args);
+  std::copy(prefill_tasks.begin(), prefill_tasks.end(), prefill_args);
+  for (std::size_t i = 0; i < prefills.size(); ++i)
+    prefills[i].make_views(rule, heads, dequantised, dequantise_args + i * at(rule.kv_heads),
+                           head_args + heads.size() + i * at(rule.kv_heads));
   std::size_t row = 0, host_row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1);
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const HeadArgs& head = heads[i * at(rule.kv_heads)];
     const Plan plan(rule, head);
+    const bool prefill = is_prefill(rule, request);
+    const int splits = prefill ? PrefillPlan(rule, request, head).splits : plan.splits(),
+              blocks = prefill ? 0 : blocks_of(plan);
     const std::size_t rows = at(request.q_tokens) * at(query_heads);
     const float* queries = request.q;
     if (!request.q_on_device) {
@@ -147,14 +175,13 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
                      request_args[i].state,
                      request.out_on_device ? request.out : results + row * at(D),
                      request.lse && request.lse_on_device ? request.lse : results + rows_in_all * at(D) + row,
-                     plan.splits(),
+                     splits,
                      static_cast<int>(rows),
-                     hadamard_v ? plan.stored_splits : 0};
-    prepared_args[i] = {prepared_bytes + prepared_row * 2 * at(D), prepared_info + prepared_row,
-                        blocks_of(plan)};
-    prepared_row += rows * at(blocks_of(plan));
+                     rule.hadamard_v && !prefill ? plan.stored_splits : 0};
+    prepared_args[i] = {prepared_bytes + prepared_row * 2 * at(D), prepared_info + prepared_row, blocks};
+    prepared_row += rows * at(blocks);
     row += rows;
-    split_row += rows * at(plan.splits());
+    split_row += rows * at(splits);
     if (request.logits) logits_at += rows * at(head.tokens);
   }
   upload.flush();
@@ -170,6 +197,11 @@ void GpuBackend::run_attention(const AttendRule& rule, bool hadamard_v,
                                    static_cast<int>(requests.size()), most_rows, most_blocks, fast_there,
                                    static_cast<int>(fast_tasks.size()), fast_rows, device::stream()),
                   "attend");
+  for (std::size_t i = 0; i < prefills.size(); ++i)
+    device::check(
+        prefills[i].launch(rule, requests_there, heads_there, dequantise_there + i * at(rule.kv_heads),
+                           prefill_there, device::stream()),
+        "attend");
   device::check(merge_states(merges_there, static_cast<int>(requests.size()), most_rows, most_splits, D,
                              device::stream()),
                 "merge");
@@ -206,6 +238,7 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   rule.pairs = static_cast<int>(rotations.rope().theta.size());
   rule.half_layout = rotations.rope().half_layout;
   rule.hadamard_k = scheme.hadamard_k;
+  rule.hadamard_v = scheme.hadamard_v && !scheme.v.raw();
   rule.scale = config.softmax_scale;
   rule.softcap = config.softcap;
 
@@ -273,7 +306,7 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
     }
   }
   upload.flush();
-  run_attention(rule, scheme.hadamard_v && !scheme.v.raw(), requests, head_args);
+  run_attention(rule, requests, head_args);
   return true;
 }
 
@@ -325,7 +358,7 @@ void GpuBackend::attend_dense(const DenseRequest& request) {
   one.q_tokens = request.q_tokens;
   one.sliding_window = request.sliding_window;
   one.causal = request.causal;
-  run_attention(rule, false, std::span(&one, 1), heads);
+  run_attention(rule, std::span(&one, 1), heads);
 }
 
 }  // namespace innerkv::gpu

@@ -152,7 +152,7 @@ class GpuBackend final : public Backend {
   }
 
  private:
-  void run_attention(const AttendRule& rule, bool hadamard_v, std::span<const AttendRequest> requests,
+  void run_attention(const AttendRule& rule, std::span<const AttendRequest> requests,
                      std::span<const HeadArgs> heads);
   void launches_begin() const {
     if (observer_) observer_->before();
@@ -162,7 +162,8 @@ class GpuBackend final : public Backend {
   }
 
   static constexpr std::size_t kCopyBytes = 1 << 16;
-  DeviceBuffer staged_[2], copies_, arguments_, pages_, work_, prepared_, results_, dense_, intake_, taken_;
+  DeviceBuffer staged_[2], copies_, arguments_, pages_, work_, prepared_, prefill_, results_, dense_, intake_,
+      taken_;
   std::optional<cudaStream_t> caller_;
   LaunchObserver* observer_ = nullptr;
 };

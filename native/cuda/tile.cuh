@@ -10,14 +10,18 @@ namespace innerkv::gpu {
 inline constexpr int kRows = 8, kTileThreads = 128, kTileWarps = 4;
 inline constexpr int kMaxGroups = kMaxHeadDim / 32;
 
-/// Shared memory of a task; `scale` and `offset` hold the tile's K scales, then its V scales.
-struct TileMemory {
+/// Scales and offsets of a tile's K, then of its V: value = scale * code + offset.
+struct ScaleMemory {
+  float scale[kPageTokens * kMaxGroups], offset[kPageTokens * kMaxGroups];
+  int counts[kTileWarps];
+};
+
+/// Shared memory of a task.
+struct TileMemory : ScaleMemory {
   float q[kRows * kMaxHeadDim];         // times softmax scale and log2(e)
   float prepared[kRows * kMaxHeadDim];  // in the basis of the stored keys
   float scores[kRows * kPageTokens];    // then probabilities
-  float scale[kPageTokens * kMaxGroups], offset[kPageTokens * kMaxGroups];
   float constant[kRows], largest[kRows], sum[kRows], rescale[kRows];
-  int counts[kTileWarps];
 };
 
 /// Rows of numbers as they came.
@@ -30,6 +34,79 @@ struct RawRows {
   }
 };
 
+/// How a block of 128 threads reads the scales of a page.
+struct ScaleLoader {
+  ScaleMemory& s;
+  int tid, warp, lane;
+
+  /// Exclusive sum of `mine` over the threads of the block; the last argument gets the total.
+  INNERKV_DEVICE int scan(int mine, int& total) const {
+    int inclusive = mine;
+    for (int h = 1; h < 32; h *= 2) {
+      const int other = __shfl_up_sync(kFullMask, inclusive, static_cast<unsigned>(h));
+      if (lane >= h) inclusive += other;
+    }
+    __syncthreads();  // counts may still be read by a previous scan
+    if (lane == 31) s.counts[warp] = inclusive;
+    __syncthreads();
+    int before = 0;
+    total = 0;
+    for (int w = 0; w < kTileWarps; ++w) {
+      if (w < warp) before += s.counts[w];
+      total += s.counts[w];
+    }
+    return before + inclusive - mine;
+  }
+
+  /// Scales and offsets of the first `slots` slots: value = scale * code + offset. Thread = slot, or channel
+  /// for tokens32.
+  INNERKV_DEVICE void load(const TensorLayout& layout, const std::uint8_t* base,
+                           const std::uint16_t* const* zeros, int slots) const {
+    const auto* stored = reinterpret_cast<const std::uint16_t*>(base + layout.scales_at());
+    const auto* dense = reinterpret_cast<const std::uint16_t*>(base + layout.zeros_at());
+    const TensorSpec spec = layout.spec;
+    const auto put = [&](int index, std::uint16_t zero) {
+      const Dequantiser map = dequantiser(spec.bits, spec.mode, stored[index], zero);
+      s.scale[index] = map.scale;
+      s.offset[index] = map.offset;
+    };
+    if (!spec.compact_zeros()) {
+      for (int index = tid; index < layout.scales(); index += kTileThreads)
+        put(index, spec.dense_zeros() ? dense[index] : std::uint16_t{0});
+      return;
+    }
+    // Rounds of 128 owners in storage order; each owner's groups are neighbours in that order.
+    const bool blocks = spec.group == Group::kTokens32;
+    const int owners = blocks ? slots / kBlockTokens32 * layout.head_dim : slots,
+              groups = blocks ? 1 : layout.groups();
+    int before = 0;
+    for (int first = 0; first < owners; first += kTileThreads) {
+      const int owner = first + tid;
+      int mine = 0, total = 0;
+      for (int g = 0; owner < owners && g < groups; ++g)
+        mine += stored[blocks ? owner : layout.scale_index(owner, g)] >> 15;
+      int at = before + scan(mine, total);
+      for (int g = 0; owner < owners && g < groups; ++g) {
+        const int index = blocks ? owner : layout.scale_index(owner, g);
+        const bool own = stored[index] >> 15;
+        put(index, own ? zeros[at / kZeroExtent][at % kZeroExtent] : std::uint16_t{0});
+        at += own;
+      }
+      before += total;
+    }
+  }
+};
+
+/// The four codes of row `row` in quad `quad`, as bytes of one word.
+INNERKV_DEVICE std::uint32_t codes_of(const std::uint32_t* words, const CodeShape& shape, int row, int quad) {
+  const int X = shape.words(), cls = row / X;
+  const std::uint32_t* at = words + static_cast<std::ptrdiff_t>(quad) * shape.planes() * X + row % X;
+  if (shape.bits == 8) return *at;
+  if (shape.bits != 3) return *at >> (shape.bits * cls) & 0x01010101u * ((1u << shape.bits) - 1u);
+  if (cls < 6) return at[cls / 2 * X] >> (3 * (cls % 2)) & 0x07070707u;
+  return (at[(cls - 6) * X] >> 5 & 0x06060606u) | (at[2 * X] >> cls & 0x01010101u);
+}
+
 struct Tile {
   const AttendRule& rule;
   const HeadArgs& head;
@@ -38,6 +115,10 @@ struct Tile {
   TileMemory& s;
   int tid, warp, lane;
 
+  INNERKV_DEVICE void load_scales(const TensorLayout& layout, const std::uint8_t* base,
+                                  const std::uint16_t* const* zeros, int slots) const {
+    ScaleLoader{s, tid, warp, lane}.load(layout, base, zeros, slots);
+  }
   INNERKV_DEVICE int query_token(int r) const { return (task.first_row + r) / rule.group; }
   INNERKV_DEVICE int query_head(int r) const {
     return task.kv_head * rule.group + (task.first_row + r) % rule.group;
@@ -113,74 +194,6 @@ struct Tile {
         if (lane == 0) s.scores[r * kPageTokens + slot + i] = total;
       }
     }
-  }
-
-  /// Exclusive sum of `mine` over the threads of the block; the last argument gets the total.
-  INNERKV_DEVICE int scan(int mine, int& total) const {
-    int inclusive = mine;
-    for (int h = 1; h < 32; h *= 2) {
-      const int other = __shfl_up_sync(kFullMask, inclusive, static_cast<unsigned>(h));
-      if (lane >= h) inclusive += other;
-    }
-    __syncthreads();  // counts may still be read by a previous scan
-    if (lane == 31) s.counts[warp] = inclusive;
-    __syncthreads();
-    int before = 0;
-    total = 0;
-    for (int w = 0; w < kTileWarps; ++w) {
-      if (w < warp) before += s.counts[w];
-      total += s.counts[w];
-    }
-    return before + inclusive - mine;
-  }
-
-  /// Scales and offsets of the first `slots` slots: value = scale * code + offset. Thread = slot, or channel
-  /// for tokens32.
-  INNERKV_DEVICE void load_scales(const TensorLayout& layout, const std::uint8_t* base,
-                                  const std::uint16_t* const* zeros, int slots) const {
-    const auto* stored = reinterpret_cast<const std::uint16_t*>(base + layout.scales_at());
-    const auto* dense = reinterpret_cast<const std::uint16_t*>(base + layout.zeros_at());
-    const TensorSpec spec = layout.spec;
-    const auto put = [&](int index, std::uint16_t zero) {
-      const Dequantiser map = dequantiser(spec.bits, spec.mode, stored[index], zero);
-      s.scale[index] = map.scale;
-      s.offset[index] = map.offset;
-    };
-    if (!spec.compact_zeros()) {
-      for (int index = tid; index < layout.scales(); index += kTileThreads)
-        put(index, spec.dense_zeros() ? dense[index] : std::uint16_t{0});
-      return;
-    }
-    // Rounds of 128 owners in storage order; each owner's groups are neighbours in that order.
-    const bool blocks = spec.group == Group::kTokens32;
-    const int owners = blocks ? slots / kBlockTokens32 * layout.head_dim : slots,
-              groups = blocks ? 1 : layout.groups();
-    int before = 0;
-    for (int first = 0; first < owners; first += kTileThreads) {
-      const int owner = first + tid;
-      int mine = 0, total = 0;
-      for (int g = 0; owner < owners && g < groups; ++g)
-        mine += stored[blocks ? owner : layout.scale_index(owner, g)] >> 15;
-      int at = before + scan(mine, total);
-      for (int g = 0; owner < owners && g < groups; ++g) {
-        const int index = blocks ? owner : layout.scale_index(owner, g);
-        const bool own = stored[index] >> 15;
-        put(index, own ? zeros[at / kZeroExtent][at % kZeroExtent] : std::uint16_t{0});
-        at += own;
-      }
-      before += total;
-    }
-  }
-
-  /// The four codes of row `row` in quad `quad`, as bytes of one word.
-  static INNERKV_DEVICE std::uint32_t codes_of(const std::uint32_t* words, const CodeShape& shape, int row,
-                                               int quad) {
-    const int X = shape.words(), cls = row / X;
-    const std::uint32_t* at = words + static_cast<std::ptrdiff_t>(quad) * shape.planes() * X + row % X;
-    if (shape.bits == 8) return *at;
-    if (shape.bits != 3) return *at >> (shape.bits * cls) & 0x01010101u * ((1u << shape.bits) - 1u);
-    if (cls < 6) return at[cls / 2 * X] >> (3 * (cls % 2)) & 0x07070707u;
-    return (at[(cls - 6) * X] >> 5 & 0x06060606u) | (at[2 * X] >> cls & 0x01010101u);
   }
 
   /// Scores of stored keys: thread = slot.

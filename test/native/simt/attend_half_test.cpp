@@ -3,6 +3,7 @@
 // how many random shapes; INNERKV_GPU_SEED.
 #include <cstdlib>
 
+#include "cuda/prefill_plan.h"
 #include "simt/attention_reference.h"
 #include "simt/gpu_under_test.h"
 #include "support.h"
@@ -72,7 +73,8 @@ Run run_of(const Case& shape, const LayerScheme& scheme, std::uint64_t seed) {
       append(*sequence, tokens, done, count);
       done += count;
     }
-    if (shape.removed && length >= 300) {
+    if (shape.removed && length >= 300 && scheme.per_token() && !scheme.k.compact_zeros() &&
+        !scheme.v.compact_zeros()) {
       std::vector<int> positions{scheme.sink + 3, scheme.sink + 50};
       for (int p = 128; p < 256; ++p) positions.push_back(scheme.sink + p);  // all of a page
       if (twin->view(0, 1).k_quantised >= 256) {
@@ -95,7 +97,12 @@ Run run_of(const Case& shape, const LayerScheme& scheme, std::uint64_t seed) {
   for (std::size_t i = 0; i < sequences.size(); ++i)
     items.push_back({sequences[i].get(), run.q[i].data(), run.out[i].data(), run.lse[i].data(),
                      shape.logits ? run.logits[i].data() : nullptr, shape.q_tokens});
-  CHECK(attend_batch(*gpu, 0, items, shape.causal, nullptr));
+  try {
+    CHECK(attend_batch(*gpu, 0, items, shape.causal, nullptr));
+  } catch (const Error&) {
+    simt::take_reports();  // prints why
+    throw;
+  }
   return run;
 }
 
@@ -232,6 +239,75 @@ TEST("random shapes of decode over 16-bit caches") {
     const Run run = run_of(shape, scheme_of({}, {}, random.below(150), random.below(300)), random.bits());
     check_run(run, two_parts(), "shape " + std::to_string(i));
   }
+}
+
+/// Queries, weights and dequantised numbers are rounded to binary16. Dequantisation and read_back() each take
+/// some ten roundings of numbers that a row's norm bounds up to the ratio of a level's offset to the row's
+/// numbers.
+ReferenceRules prefill(bool quantised) {
+  ReferenceRules rules;
+  rules.operand = 0x1p-11;
+  if (quantised) {
+    rules.stored = 0x1p-11;
+    rules.decoded = 2 * gamma_of(128);
+  }
+  return rules;
+}
+
+TEST("prefill over 16-bit caches: every head_dim, row count and mask") {
+  const auto schedules = simt::schedules();
+  std::vector<Case> cases;
+  for (const auto& [head_dim, group, q_tokens] :
+       {std::tuple{64, 4, 40}, {80, 3, 30}, {96, 8, 9}, {128, 4, 33}, {256, 2, 40}})
+    cases.push_back({head_dim, group, q_tokens});
+  cases.push_back({64, 1, 131, 70});
+  cases.push_back({128, 3, 44, 0, 5.0f});
+  cases.push_back({96, 4, 20, 100, 0, false});
+  cases.push_back({64, 7, 10, 0, 3.0f, true, true, true, {60, 420}});
+  cases.push_back({256, 5, 15, 50, 0, true, false, true, {20, 300}});
+  cases.push_back({128, 8, 12, 0, 0, true, false, false, {12, 13, 75, 700}});
+  double worst = 0;
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    simt::use(schedules[i % schedules.size()]);
+    const std::pair<int, int> windows[] = {{4, 8}, {0, 0}, {33, 100}, {0, 260}, {130, 16}};
+    const auto& [sink, recent] = windows[i % 5];
+    if (i < 8) cases[i].lengths = {cases[i].q_tokens, 300};
+    const Run run = run_of(cases[i], scheme_of({}, {}, sink, recent), 200 + i);
+    worst = std::max(worst, check_run(run, prefill(false),
+                                      "windows " + std::to_string(sink) + " + " + std::to_string(recent)));
+  }
+  std::printf("       largest error: %.3f of its bound\n", worst);
+}
+
+TEST("prefill over quantised pages: every family, removed tokens, several passes") {
+  const auto schedules = simt::schedules();
+  std::vector<Family> all = families();
+  all.push_back({"calibrated 4 bits", config_of({calibrated(128)}, 128)});
+  all.back().config.schemes[0].k.bits = all.back().config.schemes[0].v.bits = 4;
+  all.push_back({"calibrated 3 bits", config_of({calibrated(80)}, 80)});
+  all.back().config.schemes[0].k.bits = all.back().config.schemes[0].v.bits = 3;
+  all.push_back({"8 bits", config_of({scheme_of({8, Group::kChannels32, Mode::kZeroLevel},
+                                                {8, Group::kToken, Mode::kSignedMax}, 40, 90)},
+                                     256)});
+  const std::size_t usual = gpu::prefill_buffer_bytes;
+  double worst = 0;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    simt::use(schedules[i % schedules.size()]);
+    const int head_dim = all[i].config.head_dim;
+    Case shape{head_dim,   4,    18,       i % 3 == 1 ? 150 : 0, i % 4 == 2 ? 5.0f : 0.0f, i % 5 != 3,
+               i % 2 == 0, true, {30, 400}};
+    // All pages at once, or two at a time.
+    gpu::prefill_buffer_bytes = i % 2 ? at(2 * 2 * 2 * 128 * head_dim * 2) : usual;
+    const Run run = run_of(shape, all[i].scheme(), 300 + i);
+    const bool quantised = !all[i].scheme().k.raw() || !all[i].scheme().v.raw();
+    worst = std::max(worst, check_run(run, prefill(quantised), all[i].name));
+  }
+  // Passes of several splits each: the second continues the states of the first.
+  gpu::prefill_buffer_bytes = at(2 * 6 * 2 * 128 * 64 * 2);
+  const Run run = run_of({64, 4, 20, 0, 0, true, false, false, {1600}}, calibrated(64), 400);
+  worst = std::max(worst, check_run(run, prefill(true), "two passes of two splits"));
+  gpu::prefill_buffer_bytes = usual;
+  std::printf("       largest error: %.3f of its bound\n", worst);
 }
 
 TEST("a row's result depends on nothing but its sequence") {

@@ -23,6 +23,7 @@ struct ReferenceRules {
   bool causal = true;
   double operand = 0;  // relative error of each query number and each weight: of a 16-bit operand
   double stored = 0;   // relative error of each key and value number on its way to the operand
+  double decoded = 0;  // absolute error of the same, in units of the row's Euclidean norm
 };
 
 struct ReferenceRow {
@@ -55,11 +56,13 @@ inline ReferenceRow reference_row(const float* q, const ReferenceTokens& tokens,
     const auto j = static_cast<std::size_t>(t);
     if (tokens.removed[j]) continue;
     visible.push_back(j);
-    double dot = 0, sizes = 0, keys = 0;
+    double dot = 0, sizes = 0, keys = 0, squares = 0, queries_sum = 0;
     for (std::size_t c = 0; c < D; ++c) {
       dot += double{q[c]} * tokens.k[j][c];
       sizes += std::abs(q[c] * tokens.k[j][c]);
       keys += std::abs(tokens.k[j][c]);
+      squares += tokens.k[j][c] * tokens.k[j][c];
+      queries_sum += std::abs(double{q[c]});
     }
     double logit = rules.scale * dot;
     if (rules.softcap > 0) logit = rules.softcap * std::tanh(logit / rules.softcap);
@@ -83,12 +86,17 @@ inline ReferenceRow reference_row(const float* q, const ReferenceTokens& tokens,
   }
   if (visible.empty()) return row;
   std::vector<double> p(count);
-  double tiny = 0;
+  double tiny = 0, decoding = 0;
   for (const std::size_t j : visible) {
     p[j] = std::exp(row.logits[j] - largest) / total;
     growth += p[j] * std::expm1(row.logits_bound[j]);
     least += p[j] * std::exp(-row.logits_bound[j]);
-    for (std::size_t c = 0; c < D; ++c) row.out[c] += p[j] * tokens.v[j][c];
+    double squares = 0;
+    for (std::size_t c = 0; c < D; ++c) {
+      row.out[c] += p[j] * tokens.v[j][c];
+      squares += tokens.v[j][c] * tokens.v[j][c];
+    }
+    decoding += rules.decoded * p[j] * std::sqrt(squares);
   }
   const double sums = gamma_of(17.0 / 16 * static_cast<double>(visible.size()) + 2 * parts + 64);
   row.lse = largest + std::log(total);

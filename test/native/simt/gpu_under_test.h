@@ -28,6 +28,7 @@ inline std::vector<std::string> take_reports() {
 #else
 #include "cuda/attend_half.cu"
 #include "cuda/attend_mma.cu"
+#include "cuda/attend_prefill.cu"
 #include "cuda/gpu_attend.cu"
 #include "cuda/gpu_backend.cu"
 #include "cuda/gpu_memory.cu"
