@@ -29,6 +29,20 @@ interface CudaAppend {
   readonly skipped?: string;
 }
 
+interface CudaPrefill {
+  readonly scheme: string;
+  readonly queries?: number;
+  readonly context?: number;
+  readonly microseconds?: number;
+  readonly low?: number;
+  readonly high?: number;
+  /** 4 operations per channel of a query head and visible token. */
+  readonly teraflops?: number;
+  /** Time in units of the time over 16-bit pages. */
+  readonly ofFp16Time?: number | null;
+  readonly skipped?: string;
+}
+
 export interface CudaReport {
   readonly benchmark: 'cuda';
   readonly machine?: Machine;
@@ -50,6 +64,8 @@ export interface CudaReport {
   readonly filling: string;
   readonly cells: readonly CudaCell[];
   readonly append: readonly CudaAppend[];
+  /** Absent in reports of older versions. */
+  readonly prefill?: readonly CudaPrefill[];
 }
 
 function table(titles: readonly string[], rows: readonly (readonly string[])[]): string {
@@ -92,11 +108,25 @@ function appends(rows: readonly CudaAppend[]): string[][] {
   );
 }
 
+function prefills(rows: readonly CudaPrefill[]): string[][] {
+  return rows.map((row) => {
+    const first = [`\`${row.scheme}\``, String(row.queries ?? ''), row.context ? tokens(row.context) : ''];
+    if (row.microseconds === undefined) return [...first, row.skipped ?? '', '', '', ''];
+    return [
+      ...first,
+      row.microseconds.toFixed(1),
+      `${row.low!.toFixed(1)}–${row.high!.toFixed(1)}`,
+      row.teraflops!.toFixed(0),
+      row.ofFp16Time === undefined || row.ofFp16Time === null ? '' : row.ofFp16Time.toFixed(2),
+    ];
+  });
+}
+
 export function renderCudaReport(report: CudaReport): string {
   const { device, shape, windows, machine } = report;
   const version = (number: number) => `${Math.floor(number / 1000)}.${Math.floor((number % 1000) / 10)}`;
   return [
-    '# Decode attention and append on a GPU',
+    '# Attention and append on a GPU',
     '',
     `${device.name} (compute capability ${device.capability}, ${device.multiprocessors} multiprocessors, ` +
       `${(device.l2Bytes / 2 ** 20).toFixed(0)} MiB of L2), driver for CUDA ${version(device.driver)}, runtime ` +
@@ -120,5 +150,17 @@ export function renderCudaReport(report: CudaReport): string {
     '',
     table(['scheme', 'kernels µs', 'calls µs', 'bulk tokens/s', 'bulk input GB/s'], appends(report.append)),
     '',
+    ...(report.prefill
+      ? [
+          'The last tokens of one sequence attend causally to all of it (TFLOP/s: 4 operations per channel, query head ' +
+            'and visible token):',
+          '',
+          table(
+            ['scheme', 'queries', 'context', 'µs', 'quartiles', 'TFLOP/s', 'time of fp16'],
+            prefills(report.prefill),
+          ),
+          '',
+        ]
+      : []),
   ].join('\n');
 }

@@ -173,8 +173,9 @@ struct Benchmark {
   std::size_t flush_bytes = 0;
   double copy = 0;
   Clock::time_point begin = Clock::now();
-  Report cells, append;
-  std::vector<double> baseline = {};  // medians of the first scheme, 0 where it was not measured
+  Report cells, append, prefill;
+  std::vector<double> baseline = {};          // medians of the first scheme, 0 where it was not measured
+  std::vector<double> prefill_baseline = {};  // the same of prefill_of()
 
   std::size_t free_memory() const {
     std::size_t free = 0, total = 0;
@@ -232,11 +233,46 @@ struct Benchmark {
               one.name.c_str(), sequences, context, q.median, q.low, q.high, bytes, rate, rate / copy,
               baseline[at_cell] > 0 ? std::to_string(baseline[at_cell] / q.median).c_str() : "null");
         }
+      prefill_of(one, batch, longest, is_baseline, watch);
     } catch (const Error& error) {
       backend->observe(nullptr);
       std::fprintf(stderr, "innerkv_cuda_bench: %s: %s\n", one.name.c_str(), error.what());
       cells.add("    {\"scheme\": \"%s\", \"skipped\": \"failed\"}", one.name.c_str());
     }
+  }
+
+  /// The last tokens of one sequence attend causally to all of it.
+  void prefill_of(const NamedScheme& one, Batch& batch, int longest, bool is_baseline, Stopwatch& watch) {
+    std::size_t cell = 0;
+    for (const int context : {4096, 32768})
+      for (const int queries : {512, 2048}) {
+        const std::size_t at_cell = cell++;
+        if (prefill_baseline.size() <= at_cell) prefill_baseline.push_back(0);
+        if (context > longest || seconds_since(begin) > options.seconds) {
+          prefill.add("    {\"scheme\": \"%s\", \"queries\": %d, \"context\": %d, \"skipped\": \"%s\"}",
+                      one.name.c_str(), queries, context,
+                      context > longest ? "longer than --tokens" : "out of time");
+          continue;
+        }
+        backend->observe(&watch);
+        std::vector<double> times;
+        for (int i = 0; i < std::min(options.repeats, 9) + 2; ++i) {
+          batch.attend(1, context, queries);
+          const double time = watch.take();
+          if (i >= 2) times.push_back(time);
+        }
+        backend->observe(nullptr);
+        const Quartiles q = quartiles(times);
+        if (is_baseline) prefill_baseline[at_cell] = q.median;
+        const double pairs = static_cast<double>(queries) * (context - 0.5 * (queries - 1)),
+                     operations = 4.0 * pairs * kQueryHeads * kHeadDim;
+        prefill.add(
+            "    {\"scheme\": \"%s\", \"queries\": %d, \"context\": %d, \"microseconds\": %.3f, \"low\": "
+            "%.3f, \"high\": %.3f, \"teraflops\": %.2f, \"ofFp16Time\": %s}",
+            one.name.c_str(), queries, context, q.median, q.low, q.high, operations / q.median / 1e6,
+            prefill_baseline[at_cell] > 0 ? std::to_string(q.median / prefill_baseline[at_cell]).c_str()
+                                          : "null");
+      }
   }
 
   /// One token for every layer of a model, then many tokens for one layer. Caches are warm: the tokens were
@@ -315,8 +351,8 @@ struct Benchmark {
         flush_bytes, copy, seconds_since(begin));
     std::printf(
         "  \"filling\": \"pages are copies of a few quantised ones; timing does not depend on values\",\n"
-        "  \"cells\": [\n%s\n  ],\n  \"append\": [\n%s\n  ]\n}\n",
-        cells.text(), append.text());
+        "  \"cells\": [\n%s\n  ],\n  \"append\": [\n%s\n  ],\n  \"prefill\": [\n%s\n  ]\n}\n",
+        cells.text(), append.text(), prefill.text());
   }
 };
 

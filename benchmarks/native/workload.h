@@ -155,17 +155,17 @@ class Batch {
         }
       }
     }
-    Numbers random{3};
-    q_.resize(at(batch * kQueryHeads * kHeadDim));
-    for (float& x : q_) x = random.number();
-    out_.resize(q_.size());
+    make_queries(batch);
   }
 
   Cache& cache() { return *cache_; }
   const std::vector<float>& out() const { return out_; }
 
-  /// One decode step of the first `batch` sequences at `context` tokens each.
-  void attend(int batch, int context) {
+  /// The last `q_tokens` tokens of the first `batch` sequences attend, at `context` tokens each: a decode
+  /// step, or a piece of a prompt.
+  void attend(int batch, int context, int q_tokens = 1) {
+    make_queries(batch * q_tokens);
+    const int row = q_tokens * kQueryHeads * kHeadDim;
     std::vector<HeadView> heads;
     const std::uint8_t* home = source_->layer_state(0).windows.data();
     for (int s = 0; s < batch; ++s)
@@ -188,9 +188,9 @@ class Batch {
     for (int s = 0; s < batch; ++s) {
       AttendRequest& request = requests[at(s)];
       request.heads = std::span(heads).subspan(at(s * kKvHeads), kKvHeads);
-      request.q = q_.data() + s * kQueryHeads * kHeadDim;
-      request.out = out_.data() + s * kQueryHeads * kHeadDim;
-      request.q_tokens = 1;
+      request.q = q_.data() + s * row;
+      request.out = out_.data() + s * row;
+      request.q_tokens = q_tokens;
     }
     cache_->backend().attend(cache_->config(), requests, cache_->rotations(), nullptr);
   }
@@ -214,6 +214,14 @@ class Batch {
  private:
   static constexpr int kSourcePages = 2;
   static int stored_tokens(int context) { return context - kSink - kRecent; }
+  void make_queries(int tokens) {
+    const std::size_t numbers = at(tokens * kQueryHeads * kHeadDim);
+    if (q_.size() >= numbers) return;
+    Numbers random{3};
+    q_.resize(numbers);
+    for (float& x : q_) x = random.number();
+    out_.resize(numbers);
+  }
 
   std::shared_ptr<Cache> cache_;
   std::unique_ptr<Sequence> source_;

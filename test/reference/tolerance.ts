@@ -13,18 +13,23 @@
  *   5. Windows and 16-bit tensors: float32, or tensor cores on q and p in two binary16 parts: each is x = 2^e·(hi + lo) with an error of
  *      at most 2u·|x| + 2^−38·max|x| (lo may be subnormal), products are exact, and a sum grows by 16 products at a time, each cut off
  *      at no more than u times the largest of 17 numbers. Everything else: float32.
+ *   6. Many query rows at once on a GPU (`halfOperands`): instead of 1 to 5, q and p are rounded to binary16 once (h = 2^−11), and so are
+ *      stored keys and values that are not of 16 bits, after float32 arithmetic has brought them into the space of the input.
  *
  * Logit of token j, worst case:  |δ_j| <= σ·[ (step/2 + tiny)·Σ|x̂_c|                         rounding of q' (2)
  *     + gamma(20)·Σ q̄_c·|x̂_c|     float32 q': 2 softmax scale, 3 rotation, 1 lam, 8 butterflies, 2 factor, 4 step and quotient
  *     + gamma(12 + groups)·Σ (q̄_c + step)·(s·(code + offset) + |z|)      conversions, scales, sums over groups
  *     + gamma(D + 30)·Σ |R||q|·|mu| ]    + u·(8·(|logit| + max|logit| + 1) + 4·parts)      exponent, exp2 (2 ulp), rescaling
  *   with q̄ = |H|·lam·|R||q|, magnitudes throughout. Window tokens: σ·[gamma(17D/16 + 10)·Σ|q_c||k_c| + 2^−37·max|q|·Σ|k_c|] instead of the first three lines.
+ *   With halfOperands: σ·[((1 + h)² − 1)·Σ|q_c||k̂_c| + gamma(17D/16 + 64)·K + 2^−37·max|q|·Σ|k̂_c|], K = Σ q̄_c·(s·(code + offset) + |z|) + Σ |R||q|·|mu|,
+ *   which bounds every intermediate of the dequantised key against q; h alone, and K = Σ|q_c||k_c|, for 16-bit keys.
  *   A softcap is 1-Lipschitz and adds its own 8u·cap.
  * Output: with p̂_j ∝ p_j·e^δ_j,  ô − o = Σ p_j(e^δ_j − 1)(v_j − o) / Σ p_j e^δ_j  because Σ p_j(v_j − o) = 0; hence, channel by channel,
  *   |ô − o| <= Σ p_j(e^|δ_j| − 1)|v_j − o| / Σ p_j e^−|δ_j|      (to first order at most 2·max δ·max|v − o|)
  *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(156 + 2·parts + 17/16·16-bit values)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
  *   level = code − offset (code: see 4), or s·(code − offset) + z when the scale belongs to the channel; step_w from the largest p a native run
  *   may have, p·e^max|δ| / Σ p_j e^−|δ_j|; v̄ = s·(code + offset) + |z|. The normaliser is the float32 sum of p, not of w.
+ *   With halfOperands ((1 + h)² − 1)·Σ p_j·|v_j| replaces the second term.
  * These are worst cases: every rounding at its limit and all of one sign. `typical` takes the two integer roundings as independent and
  * uniform (standard deviation step/√12), the same q̂ for all tokens added in full: what a correct kernel shows, for reports only.
  */
@@ -41,6 +46,9 @@ const TINY = 1e-30;
 /** Largest integer of a 16-bit query or probability: 127·256 + 127. */
 export const INTEGER_RANGE = 32639;
 
+/** Relative error of a rounding to binary16, and of a product of two rounded numbers. */
+const HALF = 2 ** -11;
+const TWO_HALVES = (1 + HALF) ** 2 - 1;
 /** Roundings a product meets in sums of tensor cores: 17 numbers are aligned for every 16 that are added. */
 const TENSOR_CORE_SUM = 17 / 16;
 
@@ -66,15 +74,17 @@ export function attentionTolerance(
   q: ArrayLike<number>,
   head: ReferenceHead,
   run: HeadAttention,
-  options: AttentionOptions = {},
+  options: AttentionOptions & { readonly halfOperands?: boolean } = {},
 ): AttentionTolerance {
   const dim = head.scheme.headDim;
   const { tokens, probabilities: p, out } = run;
   const parts = numberOfParts(head, tokens);
   const largest = run.logits.reduce((a, b) => max(a, abs(b)), 0);
-  const { scale = 1 / Math.sqrt(dim), softcap = 0 } = options;
+  const { scale = 1 / Math.sqrt(dim), softcap = 0, halfOperands = false } = options;
 
-  const errors = tokens.map((token) => logitError(q, head, token));
+  const errors = tokens.map((token) =>
+    halfOperands ? halfLogitError(q, head, token) : logitError(q, head, token),
+  );
   const logits = Float64Array.from(errors, ({ worst }, j) => {
     const exponent = u * (8 * (abs(run.logits[j]!) + largest + 1) + 4 * parts);
     return abs(scale) * worst + 8 * u * softcap + exponent;
@@ -83,7 +93,7 @@ export function attentionTolerance(
   const growth = Array.from(logits, (delta, j) => p[j]! * Math.expm1(delta)).reduce((a, b) => a + b, 0);
   const least = Array.from(logits, (delta, j) => p[j]! * Math.exp(-delta)).reduce((a, b) => a + b, 0);
   const values = tokens.map((token) => head.value(token));
-  const rounding = weightRounding(head, run);
+  const rounding = halfOperands ? halfRounding(values, p, dim) : weightRounding(head, run);
   const inflation = Math.exp(logits.reduce((a, b) => max(a, b), 0)) / (least || 1);
   const halves = tokens.filter(
     ({ value }) => value.kind === 'window' || head.scheme.value.bits === 16,
@@ -155,6 +165,43 @@ function logitError(
     worst: rounded + transforming + gamma(12 + groups) * scaling + constant,
     typical: (step / Math.sqrt(12)) * norm,
   };
+}
+
+/** The same with every operand rounded to binary16. */
+function halfLogitError(
+  q: ArrayLike<number>,
+  head: ReferenceHead,
+  token: CachedToken,
+): { worst: number; typical: number } {
+  const key = head.key(token);
+  const sizes = Float64Array.from(q, abs);
+  const products = key.reduce((sum, k, c) => sum + abs(k) * sizes[c]!, 0);
+  const typical = (HALF / Math.sqrt(3)) * Math.hypot(...key.map((k, c) => k * sizes[c]!));
+  if (token.key.kind === 'window' || head.scheme.key.bits === 16)
+    return { worst: HALF * products + halfProducts(key, sizes), typical };
+  const { relative, transformed } = queryMagnitudes(q, head, token);
+  const { mu } = head.keySteps(token.position);
+  const levels = levelsOf(token.key, head.scheme.key, q.length);
+  const magnitude =
+    transformed.reduce((sum, x, c) => sum + x * levelMagnitude(levels, c), 0) +
+    (mu ? relative.reduce((sum, x, c) => sum + x * abs(mu[c]!), 0) : 0);
+  return {
+    worst: TWO_HALVES * products + gamma(54) * magnitude + halfProducts(key, sizes),
+    typical: Math.SQRT2 * typical,
+  };
+}
+
+/** [headDim] error of weights and values that are rounded to binary16. */
+function halfRounding(values: readonly Float64Array[], p: ArrayLike<number>, dim: number) {
+  const worst = new Float64Array(dim);
+  const variance = new Float64Array(dim);
+  values.forEach((value, j) =>
+    value.forEach((v, c) => {
+      worst[c]! += TWO_HALVES * p[j]! * abs(v);
+      variance[c]! += (2 / 3) * (HALF * p[j]! * v) ** 2;
+    }),
+  );
+  return { worst, typical: variance.map(Math.sqrt) };
 }
 
 /** Error of a sum of products with a 16-bit key; `sizes` are the magnitudes of the query. */
