@@ -52,6 +52,12 @@ struct PrefillAttention {
   using Shape = PrefillShape<D>;
   static constexpr int MT = Shape::kMTiles, kTile = Shape::kTile, kStride = Shape::kStride;
   using Tile = PrefillTile<kTile>;
+  /// What is left to know of a tile that is on its way. Registers are short: the rest is looked up again.
+  struct Seen {
+    int count, position;  // count is negative when tokens of the tile are removed
+    explicit INNERKV_DEVICE Seen(const Tile& tile)
+        : count(tile.removed ? -tile.count : tile.count), position(tile.position) {}
+  };
   static constexpr int kScoreTiles = kTile / 8, kOutTiles = D / 8;
   static constexpr float kShift = 14.0f;  // weights are at most 2^14: see half_scale()
 
@@ -165,7 +171,7 @@ struct PrefillAttention {
     const std::uint16_t* q_row =
         s.q + (warp * Shape::kWarpRows + lane % 8 + 8 * (lane / 8 % 2)) * kStride + 8 * (lane / 16);
     const std::uint16_t* k_row = s.k + (lane % 8 + 8 * (lane / 16)) * kStride + 8 * (lane / 8 % 2);
-#pragma unroll
+#pragma unroll 4  // all of head_dim 128 would spill a few registers on Blackwell
     for (int c = 0; c < D; c += 16) {
       std::uint32_t a[MT][4];
 #pragma unroll
@@ -186,16 +192,18 @@ struct PrefillAttention {
 
   /// Softcap, masks, logits. Afterwards scores are in units of log2, or still times 1 / step if that returns
   /// false.
-  INNERKV_DEVICE bool finish_scores(const Tile& tile, float (&scores)[MT][kScoreTiles][4]) const {
-    if (tile.count == kTile && !tile.removed && !rows.request.logits && !(rows.rule.softcap > 0) &&
+  INNERKV_DEVICE bool finish_scores(const Seen& tile, float (&scores)[MT][kScoreTiles][4]) const {
+    if (tile.count == kTile && !rows.request.logits && !(rows.rule.softcap > 0) &&
         rows.all_see(tile.position, tile.position + kTile))
       return false;
+    const int count = tile.count < 0 ? -tile.count : tile.count;
+    const typename Tile::Bits removed = tile.count < 0 ? tile_at(tile.position).removed : 0;
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int own = own_row(m, h), r = clamped(own), first = rows.first_visible(r) - tile.position,
-                  end = rows.end_visible(r) - tile.position, last = end < tile.count ? end : tile.count;
+                  end = rows.end_visible(r) - tile.position, last = end < count ? end : count;
         const float step = s.step[own];
         float* logits = rows.request.logits && own == r ? rows.logits_of(r) + tile.position : nullptr;
 #pragma unroll
@@ -205,8 +213,8 @@ struct PrefillAttention {
             const int i = 8 * n + 2 * t + j;
             float x = scores[m][n][2 * h + j] * step;
             if (rows.rule.softcap > 0) x = capped(x, rows.rule.softcap);
-            if (i < first || i >= last || (tile.removed >> i & 1u)) x = no_score();
-            if (logits && i < tile.count) logits[i] = x * kLn2;
+            if (i < first || i >= last || (removed >> i & 1u)) x = no_score();
+            if (logits && i < count) logits[i] = x * kLn2;
             scores[m][n][2 * h + j] = x;
           }
       }
@@ -334,11 +342,13 @@ struct PrefillAttention {
     __syncwarp();
     begin_state();
     int position = task.first;
-    Tile tile = next(position);
-    fetch(s.k, tile.k, tile);
-    fetch(s.v, tile.v, tile);
-    while (tile.count > 0) {
+    const Tile first = next(position);
+    fetch(s.k, first.k, first);
+    fetch(s.v, first.v, first);
+    Seen tile(first);
+    while (tile.count != 0) {
       const Tile after = next(position);
+      const Seen seen(after);
       float scores[MT][kScoreTiles][4];
       ptx::cp_async_wait_group<1>();  // the keys; the values may still travel
       __syncthreads();
@@ -352,8 +362,9 @@ struct PrefillAttention {
       __syncthreads();
       add_values(weights);
       __syncthreads();
-      fetch(s.v, after.v, after);
-      tile = after;
+      const Tile again = seen.count != 0 ? tile_at(seen.position) : Tile{};
+      fetch(s.v, again.v, again);
+      tile = seen;
     }
     ptx::cp_async_wait_group<0>();
     __syncwarp();  // lanes have read the states that one of them writes
