@@ -119,8 +119,7 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
                     Upload::room<HalfTask>(half_tasks.size()) + Upload::room<PreparedArgs>(requests.size()) +
                     Upload::room<MergeArgs>(requests.size()) + Upload::room<RequestArgs>(requests.size()) +
                     Upload::room<HeadArgs>(heads.size() + views) + Upload::room<DequantiseArgs>(views) +
-                    Upload::room<PrefillTask>(prefill_tasks.size()) +
-                    Upload::room<float>(host_rows * at(D)));
+                    Upload::room<PrefillTask>(prefill_tasks.size()) + Upload::room<float>(host_rows * at(D)));
   TaskArgs *task_args, *fast_args;
   HalfTask* half_args;
   PreparedArgs* prepared_args;

@@ -84,6 +84,7 @@ constexpr int mma_route(const TensorSpec& k, const TensorSpec& v, int head_dim) 
 
 /// For people: cache.plan().
 constexpr const char* path_of(const TensorSpec& k, const TensorSpec& v, int head_dim) {
+  if (k.raw() && v.raw()) return "attend_half, binary16 products on tensor cores";
   return mma_route(k, v, head_dim) >= 0 ? "attend_mma, integer dot products on tensor cores"
                                         : "attend_any, float32 products";
 }
