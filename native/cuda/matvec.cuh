@@ -131,8 +131,16 @@ void matvec_bytes(MatvecArgs args) {
   finish_matvec<kVectors>(product, task, args.tokens, lane, sum);
 }
 
+/// Blocks that a multiprocessor must have room for. Left alone, ptxas spills a register or two to fit one
+/// more.
+constexpr int float_blocks(TensorType type, int vectors) {
+  if (vectors > 1) return vectors == 4 ? 4 : 3;
+  if (!is_quantised(type)) return 1;
+  return type == TensorType::kQ6_K ? 4 : 5;
+}
+
 template <TensorType kType, int kVectors>
-INNERKV_KERNEL(32 * kMatvecWarps)
+INNERKV_KERNEL(32 * kMatvecWarps, float_blocks(kType, kVectors))
 void matvec_floats(MatvecArgs args) {
   expect_block<32 * kMatvecWarps>();
   using W = Weights<kType>;
