@@ -439,8 +439,8 @@ struct MmaAttention {
       weights[n].pack(g, Weights::kLargest, [&](int unit) { return p[unit][n]; });
     float sums[V::kUnits][NT] = {};
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {         // of empty sub-blocks the weights are 0
-      if (NT > 1 && s > 0) __syncwarp();  // holds back the next sub-block's loads, which would spill
+    for (int s = 0; s < 4; ++s) {                     // of empty sub-blocks the weights are 0
+      if (NT > 1 && !kHybrid && s > 0) __syncwarp();  // holds back the next loads, which would spill
       V low, high;
       low.load(base, 8 * s + t, g);
       high.load(base, 8 * s + 4 + t, g);
@@ -562,15 +562,16 @@ struct MmaAttention {
 };
 
 /// Blocks a multiprocessor, which bound registers: 12 warps or 8, else ptxas spills some to make room for
-/// more. 0 leaves it to ptxas, which then takes about 140 registers for values in sub-blocks.
-constexpr int least_blocks(Scales values, int n_tiles) {
+/// more. 0 leaves it to ptxas, which then spills none for values in sub-blocks.
+constexpr int least_blocks(Scales values, int head_dim, int n_tiles) {
   const bool sub_blocks = values == Scales::kTokens32 || values == Scales::kTokens32Hybrid;
-  return n_tiles > 1 ? 2 : sub_blocks ? 0 : 3;
+  if (sub_blocks && (n_tiles == 1 || (values == Scales::kTokens32Hybrid && head_dim == 128))) return 0;
+  return n_tiles > 1 ? 2 : 3;
 }
 
 /// Grid: ceil(tasks / 4); 128 threads.
 template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT>
-INNERKV_KERNEL(32 * kMmaWarps, least_blocks(kScalesV, NT))
+INNERKV_KERNEL(32 * kMmaWarps, least_blocks(kScalesV, D, NT))
 void attend_mma(AttendRule rule, const RequestArgs* requests, const HeadArgs* heads,
                 const PreparedArgs* prepared, const TaskArgs* tasks, int count) {
   constexpr bool kHybrid = kScalesV == Scales::kTokens32Hybrid;
