@@ -439,8 +439,7 @@ struct MmaAttention {
       weights[n].pack(g, Weights::kLargest, [&](int unit) { return p[unit][n]; });
     float sums[V::kUnits][NT] = {};
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {                     // of empty sub-blocks the weights are 0
-      if (NT > 1 && !kHybrid && s > 0) __syncwarp();  // holds back the next loads, which would spill
+    for (int s = 0; s < 4; ++s) {  // of empty sub-blocks the weights are 0
       V low, high;
       low.load(base, 8 * s + t, g);
       high.load(base, 8 * s + 4 + t, g);
@@ -562,10 +561,10 @@ struct MmaAttention {
 };
 
 /// Blocks a multiprocessor, which bound registers: 12 warps or 8, else ptxas spills some to make room for
-/// more. 0 leaves it to ptxas, which then spills none for values in sub-blocks.
+/// more. 0 leaves it to ptxas, which spills none then where values lie in sub-blocks.
 constexpr int least_blocks(Scales values, int head_dim, int n_tiles) {
-  const bool sub_blocks = values == Scales::kTokens32 || values == Scales::kTokens32Hybrid;
-  if (sub_blocks && (n_tiles == 1 || (values == Scales::kTokens32Hybrid && head_dim == 128))) return 0;
+  const bool hybrid = values == Scales::kTokens32Hybrid;
+  if ((hybrid || values == Scales::kTokens32) && !(hybrid && head_dim == 64 && n_tiles > 1)) return 0;
   return n_tiles > 1 ? 2 : 3;
 }
 
