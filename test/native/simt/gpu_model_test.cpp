@@ -23,10 +23,9 @@
 #include "model/cpu_model.h"
 #include "model/runner.h"
 #include "model_support.h"
-#include "simt/gpu_products.h"
+#include "simt/gpu_under_test.h"
 #include "support.h"
 #ifndef INNERKV_ON_GPU
-#include "cuda/gpu_model.cu"
 #include "simt/device_log.h"
 #endif
 

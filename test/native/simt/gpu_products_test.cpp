@@ -2,14 +2,14 @@
 // and single roundings is involved, else within the error of the stated order of sums. Runs on the emulated
 // GPU (gpu_products_test) and on a real one (gpu_products_gpu_test).
 // Long file: every kernel of a model, in the order of a layer.
-#include "simt/gpu_products.h"
-
 #include <cmath>
 #include <map>
 
+#include "cuda/products.h"
 #include "model/kernels.h"
 #include "model_support.h"
 #include "simt/buffer.h"
+#include "simt/gpu_under_test.h"
 #include "support.h"
 
 namespace innerkv::test {

@@ -1,5 +1,6 @@
 // The GPU backend that a test program gets: with INNERKV_ON_GPU the compiled one on the first device, where
-// schedules and reports mean nothing; else the same sources on the emulated GPU.
+// schedules and reports mean nothing; else the same sources, compiled for the emulated GPU
+// (innerkv_simt_kernels).
 #pragma once
 
 #include <cstdio>
@@ -26,13 +27,7 @@ inline std::vector<std::string> take_reports() {
 
 }  // namespace simt
 #else
-#include "cuda/attend_half.cu"
-#include "cuda/attend_mma.cu"
-#include "cuda/attend_prefill.cu"
-#include "cuda/gpu_attend.cu"
-#include "cuda/gpu_backend.cu"
-#include "cuda/gpu_memory.cu"
-#include "cuda/merge.cu"
+#include "cuda/gpu_backend.h"
 #endif
 
 namespace innerkv::test {
