@@ -96,6 +96,7 @@ export interface NativeAttendItem {
   readonly out: NativeOutput;
   readonly lse: NativeOutput | undefined;
   readonly logits: Float32Array | undefined;
+  readonly mass: Float32Array | undefined;
 }
 
 export interface NativeCache {

@@ -18,6 +18,11 @@ export interface AttendOptions<Out extends TensorOutput = TensorOutput> extends 
   readonly lse?: TensorOutput;
   /** [qTokens, queryHeads, tokens], scaled and capped logits, -Infinity where masked. */
   readonly logits?: Float32Array;
+  /**
+   * [kvHeads, tokens], how much attention each token got: probabilities summed over the query tokens and the query heads of a KV
+   * head (H2O, arXiv 2306.14048, section 4). 0 where masked or removed.
+   */
+  readonly mass?: Float32Array;
   /** Query i is token length − qTokens + i and sees nothing later. Default true; false: every query sees every token. */
   readonly causal?: boolean;
 }
@@ -255,8 +260,9 @@ export class Sequence extends Owned<NativeSequence> {
       dtype: checked.dtype,
       out: checkTarget(out, rows * headDim, row, 'out'),
       lse: options.lse && checkTarget(options.lse, rows, queryHeads, 'lse'),
-      // Its length is checked when the call runs: appends may be queued before it.
+      // Their lengths are checked when the call runs: appends may be queued before it.
       logits: options.logits && checkOutput(options.logits, options.logits.length, 'logits'),
+      mass: options.mass && checkOutput(options.mass, options.mass.length, 'mass'),
     };
     return { item, out, uses: [q, out, options.lse] };
   }

@@ -81,7 +81,7 @@ struct AttendItem {
   Numbers<float> q;
   int q_tokens = 0;
   std::string name;  // "" or " of item 3"
-  Output out, lse, logits;
+  Output out, lse, logits, mass;
   std::shared_ptr<TensorHandle> device_q, device_out, device_lse;
 
   TensorView queries() const { return device_q ? device_q->view() : TensorView(q.data); }
@@ -98,19 +98,23 @@ struct AttendCall {
   std::vector<AttendItem> items;
 
   void run() const {
-    const std::size_t heads = static_cast<std::size_t>(cache->core->config().query_heads);
+    const std::size_t heads = static_cast<std::size_t>(cache->core->config().query_heads),
+                      kv_heads = static_cast<std::size_t>(cache->core->config().kv_heads);
     std::vector<BatchItem> batch;
     for (const AttendItem& item : items) {
       check_attend(*item.sequence->core, layer, item.q_tokens, causal);
       const std::size_t tokens = static_cast<std::size_t>(item.sequence->core->tokens(layer)),
                         rows = static_cast<std::size_t>(item.q_tokens) * heads;
-      if (item.logits.data() && item.logits.count() != rows * tokens)
-        refuse("logits" + item.name + " holds " + std::to_string(item.logits.count()) +
-               " numbers; [queryTokens, queryHeads, tokens] = [" + std::to_string(item.q_tokens) + ", " +
-               std::to_string(heads) + ", " + std::to_string(tokens) + "] needs " +
-               std::to_string(rows * tokens) + ".");
+      const auto sized = [&](const Output& output, const char* what, const char* shape, std::size_t count) {
+        if (output.data() && output.count() != count)
+          refuse(what + item.name + " holds " + std::to_string(output.count()) + " numbers; " + shape +
+                 " needs " + std::to_string(count) + ", with " + std::to_string(tokens) + " tokens.");
+      };
+      sized(item.logits, "logits", "[queryTokens, queryHeads, tokens]", rows * tokens);
+      sized(item.mass, "mass", "[kvHeads, tokens]", kv_heads * tokens);
       batch.push_back({item.sequence->core.get(), item.queries(), item.target(item.device_out, item.out),
-                       item.target(item.device_lse, item.lse), item.logits.data(), item.q_tokens});
+                       item.target(item.device_lse, item.lse), item.logits.data(), item.q_tokens,
+                       item.mass.data()});
     }
     if (!innerkv::attend_batch(*cache->core, layer, batch, causal, aborted.get())) {
       throw Error(ErrorCode::kAborted, "The call was aborted.");
@@ -119,9 +123,9 @@ struct AttendCall {
 
   void deliver() const {
     for (const AttendItem& item : items)
-      for (const Output* output : {&item.out, &item.lse, &item.logits}) output->check();
+      for (const Output* output : {&item.out, &item.lse, &item.logits, &item.mass}) output->check();
     for (const AttendItem& item : items)
-      for (const Output* output : {&item.out, &item.lse, &item.logits}) output->deliver();
+      for (const Output* output : {&item.out, &item.lse, &item.logits, &item.mass}) output->deliver();
   }
 };
 
@@ -158,11 +162,15 @@ AttendItem read_item(const Napi::Value& value, const std::shared_ptr<Runtime>& r
   const std::size_t rows = q.count() / static_cast<std::size_t>(config.head_dim);
   item.device_lse = read_target(lse, runtime, rows, "lse" + item.name);
   if (!item.device_lse && fields.has("lse")) item.lse = Output(lse, rows, sync, "lse" + item.name);
-  if (fields.has("logits")) {
-    const Napi::Value logits = fields.get("logits");
-    if (!logits.IsTypedArray()) refuse("logits must be a Float32Array.");
-    item.logits = Output(logits, logits.As<Napi::TypedArray>().ElementLength(), sync, "logits" + item.name);
-  }
+  // Their lengths are checked when the call runs: appends may be queued before it.
+  const auto over_tokens = [&](const char* what) {
+    if (!fields.has(what)) return Output();
+    const Napi::Value array = fields.get(what);
+    if (!array.IsTypedArray()) refuse(std::string(what) + " must be a Float32Array.");
+    return Output(array, array.As<Napi::TypedArray>().ElementLength(), sync, what + item.name);
+  };
+  item.logits = over_tokens("logits");
+  item.mass = over_tokens("mass");
   return item;
 }
 

@@ -57,11 +57,11 @@ struct HeadArgs {
 };
 
 struct RequestArgs {
-  const float *q;  // [q_tokens][query_heads][D]
-  float *logits;   // [q_tokens][query_heads][tokens] or null
-  float *partial;  // [splits][rows][D], rows in the order of q; merge.h
-  float2 *state;   // [splits][rows]
-  int rows, q_tokens, sliding_window;
+  const float *q;                      // [q_tokens][query_heads][D]
+  float *logits;                       // [q_tokens][query_heads][tokens] or null
+  float *partial;                      // [splits][rows][D], rows in the order of q; merge.h
+  float2 *state;                       // [splits][rows]
+  int rows, from_end, sliding_window;  // from_end: query token i is token tokens - from_end + i when causal
   bool causal;
 };
 

@@ -73,7 +73,7 @@ struct MmaAttention {
     return r < task.rows ? r : task.rows - 1;
   }
   INNERKV_DEVICE int end_visible(int r) const {
-    return request.causal ? head.tokens - request.q_tokens + (task.first_row + r) / rule.group + 1
+    return request.causal ? head.tokens - request.from_end + (task.first_row + r) / rule.group + 1
                           : head.tokens;
   }
   INNERKV_DEVICE int first_visible(int past) const {

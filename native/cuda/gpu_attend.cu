@@ -9,6 +9,7 @@
 #include "attend_mma.h"
 #include "device.h"
 #include "gpu_backend.h"
+#include "mass.h"
 #include "merge.h"
 #include "mirrors.h"
 #include "prefill_plan.h"
@@ -48,8 +49,8 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
   const int D = rule.head_dim, query_heads = rule.kv_heads * rule.group;
   std::vector<TaskArgs> tasks, fast_tasks;
   std::vector<HalfTask> half_tasks;
-  std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0, host_rows = 0;
-  int most_rows = 0, most_splits = 0, most_blocks = 0, fast_rows = 0, rows_a_half_task = 0;
+  std::size_t rows_in_all = 0, split_rows = 0, logits_in_all = 0, masses_in_all = 0, host_rows = 0;
+  int most_rows = 0, most_splits = 0, most_blocks = 0, most_tokens = 0, fast_rows = 0, rows_a_half_task = 0;
   std::size_t prepared_rows = 0;
   std::vector<Prefill> prefills;
   std::vector<PrefillTask> prefill_tasks;
@@ -70,7 +71,11 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
     const std::size_t all = at(requests[i].q_tokens) * at(query_heads);
     rows_in_all += all;
     if (!requests[i].q_on_device) host_rows += all;
-    if (requests[i].logits) logits_in_all += all * at(first_head.tokens);
+    if (requests[i].logits || requests[i].mass) logits_in_all += all * at(first_head.tokens);
+    if (requests[i].mass) {
+      masses_in_all += at(rule.kv_heads) * at(first_head.tokens);
+      most_tokens = std::max(most_tokens, first_head.tokens);
+    }
     most_rows = std::max(most_rows, static_cast<int>(all));
     if (is_prefill(rule, requests[i])) {
       const Prefill& one = prefills.emplace_back(rule, requests[i], heads, request,
@@ -111,19 +116,21 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
   std::uint8_t* dequantised = prefill_.reserve(prefill_bytes);
   auto* partial = reinterpret_cast<float*>(work_.reserve(sizeof(float) * split_rows * at(D + 2)));
   auto* states = reinterpret_cast<float2*>(partial + split_rows * at(D));
-  auto* results =
-      reinterpret_cast<float*>(results_.reserve(sizeof(float) * (rows_in_all * at(D + 1) + logits_in_all)));
+  auto* results = reinterpret_cast<float*>(
+      results_.reserve(sizeof(float) * (rows_in_all * at(D + 1) + logits_in_all + masses_in_all)));
   const std::size_t views = prefills.size() * at(rule.kv_heads);
   Upload upload(arguments_,
                 Upload::room<TaskArgs>(tasks.size()) + Upload::room<TaskArgs>(fast_tasks.size()) +
                     Upload::room<HalfTask>(half_tasks.size()) + Upload::room<PreparedArgs>(requests.size()) +
-                    Upload::room<MergeArgs>(requests.size()) + Upload::room<RequestArgs>(requests.size()) +
+                    Upload::room<MergeArgs>(requests.size()) + Upload::room<MassArgs>(requests.size()) +
+                    Upload::room<RequestArgs>(requests.size()) +
                     Upload::room<HeadArgs>(heads.size() + views) + Upload::room<DequantiseArgs>(views) +
                     Upload::room<PrefillTask>(prefill_tasks.size()) + Upload::room<float>(host_rows * at(D)));
   TaskArgs *task_args, *fast_args;
   HalfTask* half_args;
   PreparedArgs* prepared_args;
   MergeArgs* merge_args;
+  MassArgs* mass_args;
   RequestArgs* request_args;
   HeadArgs* head_args;
   PrefillTask* prefill_args;
@@ -134,6 +141,7 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
   const HalfTask* half_there = upload.add(half_tasks.size(), &half_args);
   const PreparedArgs* prepared_there = upload.add(requests.size(), &prepared_args);
   const MergeArgs* merges_there = upload.add(requests.size(), &merge_args);
+  const MassArgs* masses_there = upload.add(requests.size(), &mass_args);
   const RequestArgs* requests_there = upload.add(requests.size(), &request_args);
   const HeadArgs* heads_there = upload.add(heads.size() + views, &head_args);
   const PrefillTask* prefill_there = upload.add(prefill_tasks.size(), &prefill_args);
@@ -147,7 +155,8 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
   for (std::size_t i = 0; i < prefills.size(); ++i)
     prefills[i].make_views(rule, heads, dequantised, dequantise_args + i * at(rule.kv_heads),
                            head_args + heads.size() + i * at(rule.kv_heads));
-  std::size_t row = 0, host_row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1);
+  std::size_t row = 0, host_row = 0, split_row = 0, prepared_row = 0, logits_at = rows_in_all * at(D + 1),
+              mass_at = logits_at + logits_in_all;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const HeadArgs& head = heads[i * at(rule.kv_heads)];
@@ -163,11 +172,11 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
       host_row += rows;
     }
     request_args[i] = {queries,
-                       request.logits ? results + logits_at : nullptr,
+                       request.logits || request.mass ? results + logits_at : nullptr,
                        partial + split_row * at(D),
                        states + split_row,
                        static_cast<int>(rows),
-                       request.q_tokens,
+                       request.q_tokens + request.q_behind,
                        request.sliding_window,
                        request.causal};
     merge_args[i] = {request_args[i].partial,
@@ -181,7 +190,10 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
     prepared_row += rows * at(blocks);
     row += rows;
     split_row += rows * at(splits);
-    if (request.logits) logits_at += rows * at(head.tokens);
+    mass_args[i] = {request_args[i].logits, merge_args[i].lse, request.mass ? results + mass_at : nullptr,
+                    request.q_tokens,       rule.group,        head.tokens};
+    if (request.logits || request.mass) logits_at += rows * at(head.tokens);
+    if (request.mass) mass_at += at(rule.kv_heads) * at(head.tokens);
   }
   upload.flush();
   launches_begin();
@@ -204,8 +216,13 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
   device::check(merge_states(merges_there, static_cast<int>(requests.size()), most_rows, most_splits, D,
                              device::stream()),
                 "merge");
+  device::check(sum_masses(masses_there, static_cast<int>(requests.size()), rule.kv_heads, most_tokens,
+                           device::stream()),
+                "mass");
   launches_end();
   Download download(results_);
+  std::vector<float> masses(masses_in_all);
+  float* next_mass = masses.data();
   for (std::size_t i = 0; i < requests.size(); ++i) {
     const AttendRequest& request = requests[i];
     const std::size_t rows = at(request_args[i].rows);
@@ -215,9 +232,19 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
     if (request.logits)
       download.add(request.logits, request_args[i].logits,
                    sizeof(float) * rows * at(heads[i * at(rule.kv_heads)].tokens));
+    if (request.mass) {
+      const std::size_t numbers = at(rule.kv_heads) * at(heads[i * at(rule.kv_heads)].tokens);
+      download.add(next_mass, mass_args[i].mass, sizeof(float) * numbers);
+      next_mass += numbers;
+    }
   }
   download.finish();
   device::check(cudaSuccess, "attend");
+  const float* mass = masses.data();
+  for (std::size_t i = 0; i < requests.size(); ++i)
+    for (int kv = 0; kv < rule.kv_heads && requests[i].mass; ++kv)
+      for (int t = 0; t < heads[i * at(rule.kv_heads)].tokens; ++t)
+        requests[i].mass[kv * requests[i].mass_stride + t] += *mass++;
 }
 
 bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest> requests,

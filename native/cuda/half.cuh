@@ -39,7 +39,7 @@ struct TaskRows {
   }
   /// Row r sees positions [first_visible(r), end_visible(r)); both grow with r.
   INNERKV_DEVICE int end_visible(int r) const {
-    return request.causal ? tokens - request.q_tokens + (first + r) / rule.group + 1 : tokens;
+    return request.causal ? tokens - request.from_end + (first + r) / rule.group + 1 : tokens;
   }
   INNERKV_DEVICE int first_visible(int r) const {
     const int begin = end_visible(r) - request.sliding_window;

@@ -38,7 +38,7 @@ struct PrefillPlan {
         sink(head.sink),
         tokens(head.tokens) {
     if (request.sliding_window > 0) {  // pages before the first query's window are nobody's
-      const int first_query = request.causal ? tokens - request.q_tokens : tokens - 1;
+      const int first_query = request.causal ? tokens - request.q_behind - request.q_tokens : tokens - 1;
       first_page = std::clamp((first_query + 1 - request.sliding_window - sink) / kPageTokens, 0, pages);
     }
     const int present = std::max(1, pages - first_page);

@@ -125,7 +125,7 @@ struct Tile {
   }
   INNERKV_DEVICE int query_heads() const { return rule.kv_heads * rule.group; }
   INNERKV_DEVICE int position_of(int r) const {
-    return request.causal ? head.tokens - request.q_tokens + query_token(r) : head.tokens - 1;
+    return request.causal ? head.tokens - request.from_end + query_token(r) : head.tokens - 1;
   }
   INNERKV_DEVICE int end_visible(int r) const { return position_of(r) + 1; }
   INNERKV_DEVICE int first_visible(int r) const {

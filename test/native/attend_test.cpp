@@ -9,10 +9,13 @@
 #include "check.h"
 #include "core/sequence.h"
 #include "cpu/cpu_backend.h"
+#include "masses.h"
 #include "numerics/half.h"
 
 namespace innerkv {
 namespace {
+
+using test::check_masses;
 
 struct Case {
   TensorSpec k, v;
@@ -70,40 +73,6 @@ std::string name(const Case& c, int tokens, const char* isa) {
          std::to_string(c.group) + " n" + std::to_string(tokens);
 }
 
-/// Masses of the query at once and cut into single tokens, against logits and lse of the same attention.
-void check_masses(Cache& cache, BatchItem item, const std::vector<float>& logits,
-                  const std::vector<float>& lse, int group, const std::string& name) {
-  const std::size_t n = static_cast<std::size_t>(item.sequence->tokens(0)),
-                    heads = static_cast<std::size_t>(cache.config().query_heads);
-  std::vector<double> expected(heads / static_cast<std::size_t>(group) * n), allowed(expected.size());
-  for (std::size_t row = 0; row < lse.size(); ++row)
-    for (std::size_t t = 0; t < n; ++t) {
-      const double logit = static_cast<double>(logits[row * n + t]), sum = static_cast<double>(lse[row]);
-      const double p = std::exp(logit - sum);
-      const std::size_t at = row % heads / static_cast<std::size_t>(group) * n + t;
-      expected[at] += p;
-      // Logit and lse are rounded twice each on their way out, their difference once, 2^x is off by 2e-7, and
-      // the rows are added up.
-      const double u = std::ldexp(1.0, -24), rows = static_cast<double>(lse.size());
-      if (p > 0) allowed[at] += p * (2.0 * u * (std::abs(logit) + 2 * std::abs(sum) + 1) + 2e-7 + rows * u);
-      allowed[at] += std::ldexp(1.0, -126);  // smaller ones are 0
-    }
-  const std::vector<float> out(
-      item.out.data, item.out.data + lse.size() * static_cast<std::size_t>(cache.config().head_dim));
-  for (const std::size_t most : {kMassNumbers, std::size_t{1}}) {
-    std::vector<float> mass(expected.size(), NAN);
-    item.logits = nullptr;
-    item.mass = mass.data();
-    std::fill_n(item.out.data, out.size(), NAN);
-    CHECK(attend_batch(cache, 0, std::span(&item, 1), true, nullptr, most));
-    bool right = true;
-    for (std::size_t i = 0; i < mass.size(); ++i)
-      right &= std::abs(static_cast<double>(mass[i]) - expected[i]) <= allowed[i];
-    CHECK_WITH(right, name + ": masses");
-    CHECK_WITH(std::equal(out.begin(), out.end(), item.out.data), name + ": output beside masses");
-  }
-}
-
 void run(const Case& c, int tokens) {
   check::Random random(static_cast<std::uint64_t>(tokens * 131 + c.head_dim + c.group));
   const CacheConfig config = config_of(c, random);
@@ -140,7 +109,7 @@ void run(const Case& c, int tokens) {
         logits(lse.size() * static_cast<std::size_t>(tokens), NAN);
     const BatchItem item{sequence.get(), q.data(), out.data(), lse.data(), logits.data(), q_tokens};
     CHECK(attend_batch(*cache, 0, std::span(&item, 1), true, nullptr));
-    if (tokens == 9 || tokens == 137) check_masses(*cache, item, logits, lse, c.group, name(c, tokens, isa));
+    if (tokens == 9 || tokens == 137) check_masses(*cache, item, logits, lse, true, name(c, tokens, isa));
     for (int head = 0; head < 2; ++head) {
       std::vector<float> rk(D * static_cast<std::size_t>(tokens)), rv(rk.size());
       sequence->read_back(0, head, rk.data(), rv.data());

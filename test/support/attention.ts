@@ -2,7 +2,7 @@
 import { type KvCache, type Sequence } from '../../lib';
 import { attendHead, type AttentionOptions, type HeadAttention } from '../reference/attention';
 import { type ReferenceHead } from '../reference/cache';
-import { attentionTolerance, type AttentionTolerance } from '../reference/tolerance';
+import { attentionTolerance, gamma, type AttentionTolerance } from '../reference/tolerance';
 import { type Random } from './random';
 
 /** Results of one attention call; every array lies inside a larger one, and what lies around must stay NaN. */
@@ -14,6 +14,8 @@ export interface NativeAttention {
   readonly out: Float32Array;
   readonly lse: Float32Array;
   readonly logits: Float32Array;
+  /** [heads of keys, tokens] */
+  readonly mass: Float32Array;
 }
 
 const MARGIN = 24;
@@ -44,7 +46,7 @@ export function attend(
   sequence: Sequence,
   layer: number,
   q: Float32Array,
-  { queryHeads, headDim }: KvCache['shape'],
+  { queryHeads, kvHeads, headDim }: KvCache['shape'],
   causal = true,
 ): NativeAttention {
   const queries = q.length / (queryHeads * headDim);
@@ -52,8 +54,9 @@ export function attend(
   const out = inPoison(q.length);
   const lse = inPoison(queries * queryHeads);
   const logits = inPoison(queries * queryHeads * tokens);
-  sequence.attendSync(layer, poisoned(q), { out, lse, logits, causal });
-  return { queries, queryHeads, tokens, q, out, lse, logits };
+  const mass = inPoison(kvHeads * tokens);
+  sequence.attendSync(layer, poisoned(q), { out, lse, logits, mass, causal });
+  return { queries, queryHeads, tokens, q, out, lse, logits, mass };
 }
 
 /** One row of queries: its reference and bounds, to be compared with several native results. */
@@ -99,7 +102,7 @@ export function referenceRows(
 export function attentionDifferences(native: NativeAttention, rows: readonly Row[]): string[] {
   const dim = native.q.length / (native.queries * native.queryHeads);
   const wrong: string[] = [];
-  for (const array of ['out', 'lse', 'logits'] as const) {
+  for (const array of ['out', 'lse', 'logits', 'mass'] as const) {
     if (!marginsIntact(native[array])) wrong.push(`${array}: written outside`);
   }
   for (const { query, head, run, bound } of rows) {
@@ -112,7 +115,27 @@ export function attentionDifferences(native: NativeAttention, rows: readonly Row
       wrong.push(`${at}: lse ${native.lse[row]}, not ${run.lse} ± ${bound.lse}`);
     wrong.push(...logitDifferences(native, row, run, bound).map((what) => `${at}, ${what}`));
   }
+  if (rows.length === native.queries * native.queryHeads) wrong.push(...massDifferences(native, rows));
   return wrong;
+}
+
+/** Masses are sums of probabilities, added up in float32; only comparable with the references of all rows. */
+function massDifferences({ mass, tokens, queryHeads }: NativeAttention, rows: readonly Row[]): string[] {
+  const group = (queryHeads * tokens) / mass.length;
+  const expected = new Float64Array(mass.length);
+  const allowed = new Float64Array(mass.length);
+  for (const { head, run, bound } of rows)
+    run.tokens.forEach(({ position }, j) => {
+      const at = Math.floor(head / group) * tokens + position;
+      expected[at]! += run.probabilities[j]!;
+      allowed[at]! += bound.probabilities[j]! + gamma(rows.length) * run.probabilities[j]!;
+    });
+  const i = firstBeyond(expected, allowed, (at) => mass[at]!);
+  return i < 0
+    ? []
+    : [
+        `mass ${i % tokens} of head ${Math.floor(i / tokens)}: ${mass[i]}, not ${expected[i]} ± ${allowed[i]}`,
+      ];
 }
 
 function logitDifferences(

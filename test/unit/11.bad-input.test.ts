@@ -81,6 +81,7 @@ const cases: [string, string, () => unknown][] = [
     () => seq.attendSync(0, numbers(256), { out: new Float64Array(256) as never }),
   ],
   ['logits of the wrong length', INVALID, () => seq.attendSync(0, numbers(256), { logits: numbers(4) })],
+  ['masses of the wrong length', INVALID, () => seq.attendSync(0, numbers(256), { mass: numbers(4) })],
   ['a negative truncation', INVALID, () => seq.truncateSync(-1)],
   ['a fractional truncation', INVALID, () => seq.truncateSync(1.5)],
   ['replacing a sink token', INVALID, () => seq.replaceSync(0, 3, numbers(row), numbers(row))],

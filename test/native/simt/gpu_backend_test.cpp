@@ -1,11 +1,12 @@
 // The GPU backend against the CPU backend: equal bits in pages and windows, attention within the width of
 // integer queries and weights. Runs on the emulated GPU (gpu_backend_test) and on a real one
 // (gpu_backend_gpu_test). Environment: INNERKV_GPU_SHAPES, how many random shapes;
-// INNERKV_GPU_LONGEST, tokens of the longest sequence; INNERKV_GPU_SEED.
+// INNERKV_GPU_LONGEST, tokens of the longest sequence; INNERKV_GPU_SEED; INNERKV_GPU_REPEATS of one batch.
 #include <cstdlib>
 
 #include "attention_bound.h"
 #include "cuda/routes.h"
+#include "masses.h"
 #include "simt/gpu_tensors.h"
 #include "simt/gpu_under_test.h"
 #include "support.h"
@@ -300,11 +301,6 @@ CacheConfig random_config(check::Random& random) {
   }
 }
 
-int from_environment(const char* name, int otherwise) {
-  const char* text = std::getenv(name);
-  return text ? std::atoi(text) : otherwise;
-}
-
 std::string text_of(const CacheConfig& config, int q_tokens) {
   const LayerScheme& scheme = config.schemes[0];
   return "K " + text_of(scheme.k) + "; V " + text_of(scheme.v) + "; head_dim " +
@@ -315,9 +311,9 @@ std::string text_of(const CacheConfig& config, int q_tokens) {
 }
 
 TEST("random shapes: pages to the bit, ragged batches of attention") {
-  const int shapes = from_environment("INNERKV_GPU_SHAPES", kOnGpu ? 200 : 10);
-  const int longest = from_environment("INNERKV_GPU_LONGEST", kOnGpu ? 6000 : 500);
-  const std::uint64_t seed = static_cast<std::uint64_t>(from_environment("INNERKV_GPU_SEED", 1));
+  const long shapes = check::number_from("INNERKV_GPU_SHAPES", kOnGpu ? 200 : 10);
+  const int longest = static_cast<int>(check::number_from("INNERKV_GPU_LONGEST", kOnGpu ? 6000 : 500));
+  const std::uint64_t seed = static_cast<std::uint64_t>(check::number_from("INNERKV_GPU_SEED", 1));
   const auto schedules = simt::schedules();
   for (int i = 0; i < shapes; ++i) {
     check::Random random(seed * 100000 + static_cast<std::uint64_t>(i));
@@ -347,8 +343,30 @@ TEST("random shapes: pages to the bit, ragged batches of attention") {
   }
 }
 
+TEST("masses are the probabilities of the same attention, whatever reads the pages") {
+  const auto schedules = simt::schedules();
+  int run = 0;
+  for (const LayerScheme& scheme : {calibrated(), innerq(), scheme_of({}, {})})
+    for (const int q_tokens : {1, 3, 20}) {  // 20 tokens of 4 heads are a prefill
+      simt::use(schedules[at(run++) % schedules.size()]);
+      CacheConfig config = config_of({scheme});
+      config.query_heads = 4 * config.kv_heads;
+      const auto cache = gpu_cache(config);
+      const int tokens = 300;
+      const auto sequence = filled(cache, tokens_of(config, tokens, 3), tokens);
+      check::Random random(8);
+      const std::size_t rows = at(q_tokens * config.query_heads);
+      std::vector<float> q(rows * at(config.head_dim)), out(q.size()), lse(rows), logits(rows * at(tokens));
+      for (float& x : q) x = random.normal();
+      const BatchItem item{sequence.get(), q.data(), out.data(), lse.data(), logits.data(), q_tokens};
+      CHECK(attend_batch(*cache, 0, std::span(&item, 1), true, nullptr));
+      check_masses(*cache, item, logits, lse, q_tokens == 3, std::to_string(q_tokens) + " tokens");
+      CHECK(simt::take_reports().empty());
+    }
+}
+
 TEST("the same batch gives the same bits every time") {
-  const int runs = kOnGpu ? 100 : 6;
+  const int runs = static_cast<int>(check::number_from("INNERKV_GPU_REPEATS", kOnGpu ? 100 : 6));
   const auto schedules = simt::schedules();
   for (const bool fast : {true, false}) {
     LayerScheme scheme = fast ? calibrated(128) : innerq();
