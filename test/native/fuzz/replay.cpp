@@ -83,6 +83,6 @@ int main(int argc, char** argv) {
     const Bytes input = mutated(seed, seeds, random);
     LLVMFuzzerTestOneInput(input.data(), input.size());
   }
-  std::printf("%zu seeds and %d mutations replayed\n", seeds.size(), runs);
+  std::printf("%zu seeds and %ld mutations replayed\n", seeds.size(), runs);
   return seeds.empty() ? 1 : 0;
 }
