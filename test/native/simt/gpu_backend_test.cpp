@@ -2,6 +2,7 @@
 // integer queries and weights. Runs on the emulated GPU (gpu_backend_test) and on a real one
 // (gpu_backend_gpu_test). Environment: INNERKV_GPU_SHAPES, how many random shapes;
 // INNERKV_GPU_LONGEST, tokens of the longest sequence; INNERKV_GPU_SEED; INNERKV_GPU_REPEATS of one batch.
+// Long file: every test of one backend on one device.
 #include <cstdlib>
 
 #include "attention_bound.h"
