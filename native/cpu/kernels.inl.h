@@ -101,29 +101,7 @@ inline Vec load(const float* at) {
 inline Vec load(const std::uint16_t* at) { return load_half(at); }
 inline void store(float* at, Vec value) { __builtin_memcpy(at, &value, sizeof value); }
 
-template <int kBytes>
-struct IndexOf {
-  typedef std::int32_t Type __attribute__((vector_size(kBytes)));  // an alias would lose the attribute
-};
-
-/// Every lane becomes all lanes put together, in log2 rounds. By shuffles: taken apart through memory, a
-/// running value would live there.
-template <int kDistance, class Numbers, class Operation>
-inline Numbers combine_lanes(Numbers v, Operation operation) {
-  if constexpr (kDistance == 0) {
-    return v;
-  } else {
-    Numbers swapped;
-#if defined(__clang__)  // sees through the loop
-    for (int l = 0; l < static_cast<int>(sizeof(Numbers) / 4); ++l) swapped[l] = v[l ^ kDistance];
-#else
-    typename IndexOf<sizeof(Numbers)>::Type partner;
-    for (int l = 0; l < static_cast<int>(sizeof(Numbers) / 4); ++l) partner[l] = l ^ kDistance;
-    swapped = __builtin_shuffle(v, partner);
-#endif
-    return combine_lanes<kDistance / 2>(operation(v, swapped), operation);
-  }
-}
+#include "../numerics/lanes.inl.h"
 
 inline float max_lanes(Vec v) {
   return combine_lanes<kLanes / 2>(v, [](auto a, auto b) { return a > b ? a : b; })[0];
