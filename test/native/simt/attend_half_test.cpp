@@ -331,8 +331,4 @@ TEST("a row's result depends on nothing but its sequence") {
 }  // namespace
 }  // namespace innerkv::test
 
-int main(int argc, char** argv) {
-  const char* name = innerkv::test::kOnGpu ? "attend_half_gpu" : "attend_half";
-  if (!innerkv::test::gpu_at_hand(name)) return 77;
-  return check::run(name, argc, argv);
-}
+int main(int argc, char** argv) { return innerkv::test::run_gpu_tests("attend_half", argc, argv); }

@@ -400,8 +400,4 @@ TEST("the same batch gives the same bits every time") {
 }  // namespace
 }  // namespace innerkv::test
 
-int main(int argc, char** argv) {
-  const char* name = innerkv::test::kOnGpu ? "gpu_backend_gpu" : "gpu_backend";
-  if (!innerkv::test::gpu_at_hand(name)) return 77;
-  return check::run(name, argc, argv);
-}
+int main(int argc, char** argv) { return innerkv::test::run_gpu_tests("gpu_backend", argc, argv); }

@@ -501,8 +501,4 @@ TEST("a decoding step brings nothing to the host but its logits and whether all 
 }  // namespace
 }  // namespace innerkv::test
 
-int main(int argc, char** argv) {
-  const char* name = innerkv::test::kOnGpu ? "gpu_model_gpu" : "gpu_model";
-  if (!innerkv::test::gpu_at_hand(name)) return 77;
-  return check::run(name, argc, argv);
-}
+int main(int argc, char** argv) { return innerkv::test::run_gpu_tests("gpu_model", argc, argv); }

@@ -579,8 +579,4 @@ TEST("losses of rows of logits") {
 }  // namespace
 }  // namespace innerkv::test
 
-int main(int argc, char** argv) {
-  const char* name = innerkv::test::kOnGpu ? "gpu_products_gpu" : "gpu_products";
-  if (!innerkv::test::gpu_at_hand(name)) return 77;
-  return check::run(name, argc, argv);
-}
+int main(int argc, char** argv) { return innerkv::test::run_gpu_tests("gpu_products", argc, argv); }

@@ -30,6 +30,8 @@ inline std::vector<std::string> take_reports() {
 #include "cuda/gpu_backend.h"
 #endif
 
+#include "check.h"
+
 namespace innerkv::test {
 
 #ifdef INNERKV_ON_GPU
@@ -60,6 +62,13 @@ inline std::shared_ptr<Backend> gpu_backend() {
 #else
   return std::make_shared<gpu::GpuBackend>();
 #endif
+}
+
+/// What main() returns: of the program NAME_test on the emulated GPU, NAME_gpu_test on a real one.
+inline int run_gpu_tests(const std::string& name, int argc, char** argv) {
+  const std::string full = kOnGpu ? name + "_gpu" : name;
+  if (!gpu_at_hand(full.c_str())) return 77;
+  return check::run(full.c_str(), argc, argv);
 }
 
 }  // namespace innerkv::test
