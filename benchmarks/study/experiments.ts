@@ -129,10 +129,35 @@ export const experiments: readonly Experiment[] = [
     schemes: ['rotated-{k4v2,k3v3,k3v1,k2v2}'],
   },
   {
+    name: 'confirm-moby-dick',
+    question: 'the same on another text',
+    text: moby,
+    protocol: 'P3',
+    windows: 2,
+    calibrations: ['wiki'],
+    schemes: ['rotated-{k4v2,k3v3,k3v1,k2v2}'],
+  },
+  {
     ...screening,
     name: 'layers',
     question: 'how much each layer alone costs in 2 bits, the others in 16',
     tokens: 1024,
     schemes: [`fp16[{${Array.from({ length: 30 }, (_, layer) => layer).join()}}=calibrated-k2v2]`],
+  },
+  {
+    name: 'edges',
+    question:
+      'a quarter bit more on average: the first and last layers in 4 bits, the layers that `layers` found dearest, half of all',
+    text: moby,
+    protocol: 'P3',
+    windows: 2,
+    calibrations: ['wiki'],
+    schemes: [
+      'calibrated-{k2v2,k3v2}',
+      ...['0-1,28-29', '7,18,20,23'].map((four) => `calibrated-k2v2[${four}=calibrated-k4v4]`),
+      ...['0-14', '15-29', '2-3,5-10,14,17-18,20,23-24,28'].map(
+        (half) => `calibrated-k2v2[${half}=calibrated-k3v2]`,
+      ),
+    ],
   },
 ];
