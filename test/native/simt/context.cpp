@@ -148,7 +148,7 @@ void context_make(Context& context, void (*entry)()) {
   context.asan_stack = nullptr;
   prepare(context, entry);
 #if defined(SIMT_TSAN)
-  context.tsan_fiber = __tsan_create_fiber(0);
+  if (!context.tsan_fiber) context.tsan_fiber = __tsan_create_fiber(0);
 #endif
 }
 
@@ -180,8 +180,9 @@ void context_drop([[maybe_unused]] Context& context, [[maybe_unused]] bool aband
     void* self = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(context.tsan_fiber, __tsan_switch_to_fiber_no_sync);
     __tsan_switch_to_fiber(self, 0);
+    __tsan_destroy_fiber(context.tsan_fiber);
+    context.tsan_fiber = nullptr;
   }
-  __tsan_destroy_fiber(context.tsan_fiber);
 #endif
 }
 

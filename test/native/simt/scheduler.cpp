@@ -49,7 +49,17 @@ void use(Schedule wanted) { schedule = wanted; }
 [[maybe_unused]] static char* edge(unsigned index) {
   return shadow::region.base + shadow::kSharedBytes - 4096 + 16 * index;
 }
-[[maybe_unused]] static char grid_edge, fence_edge;
+[[maybe_unused]] static char start_edge, grid_edge, fence_edge;
+
+#if defined(SIMT_TSAN)
+// To ThreadSanitizer a block's threads are new ones, on stacks that it has not seen. Both are dear, so blocks
+// take turns at a few sets of them: of two blocks of a launch, so many apart, it would not see that they
+// race. The plain build sees it.
+constexpr unsigned kTurns = 8;
+static void* tsan_fibers[kTurns][kMaxThreads];
+#else
+constexpr unsigned kTurns = 1;
+#endif
 
 // ---- who runs next ----
 
@@ -104,6 +114,7 @@ static int pick() {
 }
 
 void leave_for_main() {
+  Unseen::end_all();
   Fiber& me = machine.fibers[machine.current];
   context_switch(me.context, machine.main, true);
 }
@@ -165,7 +176,11 @@ void meet(const char* name, unsigned mask, const void* in, std::size_t in_bytes,
   if (mask & ~warp.alive)
     fail_with(Kind::kMask, where,
               [&] { return std::string(name) + " with a mask that names lanes that ended or never were"; });
-  if (in_bytes) std::memcpy(machine.lanes[thread].in, in, in_bytes);
+  if (in_bytes) {
+    const Unseen
+        unseen;  // here and below: memcpy tells ThreadSanitizer of its accesses wherever it is called
+    std::memcpy(machine.lanes[thread].in, in, in_bytes);
+  }
 
   Meeting* meeting = nullptr;
   for (Meeting& other : warp.meetings) {
@@ -188,8 +203,11 @@ void meet(const char* name, unsigned mask, const void* in, std::size_t in_bytes,
   if (meeting->arrived == mask) {
     meeting->arrived = 0;
     ++statistics.collectives;
-    if (combine) combine(&machine.lanes[32 * index], mask, where);
-    if (orders_memory) order_lanes(index, mask);
+    {
+      const Unseen unseen;
+      if (combine) combine(&machine.lanes[32 * index], mask, where);
+      if (orders_memory) order_lanes(index, mask);
+    }
     for (unsigned bits = mask; bits; bits &= bits - 1)
       set_runnable(32 * index + static_cast<unsigned>(std::countr_zero(bits)));
     if (schedule.order != Order::kAscending) next(false);
@@ -197,7 +215,10 @@ void meet(const char* name, unsigned mask, const void* in, std::size_t in_bytes,
     wait_here(State::kCollective, name, mask, where);
   }
   SIMT_EDGE(if (orders_memory) __tsan_acquire(edge(2 + index)));
-  if (out_bytes) std::memcpy(out, machine.lanes[thread].out, out_bytes);
+  if (out_bytes) {
+    const Unseen unseen;
+    std::memcpy(out, machine.lanes[thread].out, out_bytes);
+  }
 }
 
 unsigned char* lane_in(LaneData* lanes, int lane) { return lanes[lane].in; }
@@ -263,6 +284,7 @@ void check_read_only(const void* memory, std::size_t bytes, Where where) {
 
 static void thread_main() {
   context_started();
+  SIMT_EDGE(__tsan_acquire(&start_edge));
   machine.body(const_cast<void*>(machine.pack));
   const unsigned thread = machine.current, index = thread / 32, bit = 1u << thread % 32;
   Warp& warp = machine.warps[index];
@@ -303,16 +325,12 @@ static const char* refusal(dim3 grid, dim3 block, std::size_t dynamic_bytes) {
 
 static void prepare_stacks() {
   if (machine.stacks) return;
-  const std::size_t stride = kStackBytes + kStackGuard;
-  void* memory = mmap(nullptr, stride * kMaxThreads, PROT_READ | PROT_WRITE,
+  constexpr std::size_t stride = kStackBytes + kStackGuard, count = std::size_t{kTurns} * kMaxThreads;
+  void* memory = mmap(nullptr, stride * count, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   machine.stacks = static_cast<char*>(memory);
-  for (unsigned i = 0; i < kMaxThreads; ++i) {
-    mprotect(machine.stacks + i * stride, kStackGuard, PROT_NONE);
-    machine.fibers[i].context.stack = machine.stacks + i * stride + kStackGuard;
-    machine.fibers[i].context.stack_bytes = kStackBytes;
-  }
+  for (std::size_t i = 0; i < count; ++i) mprotect(machine.stacks + i * stride, kStackGuard, PROT_NONE);
 }
 
 static void run_block(uint3 block, dim3 size) {
@@ -321,14 +339,7 @@ static void run_block(uint3 block, dim3 size) {
   current_grid.block = block;
   machine.block_epoch = ++machine.epoch;
   shadow::shared_begin(machine.dynamic_bytes);
-#if defined(SIMT_TSAN)  // reused stacks must not remember the last block
-  for (unsigned i = 0; i < machine.threads; ++i) {
-    char* stack = machine.fibers[i].context.stack;
-    munmap(stack, kStackBytes);
-    mmap(stack, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
-         -1, 0);
-  }
-#endif
+  const unsigned turn = static_cast<unsigned>(statistics.blocks % kTurns);
   machine.alive = machine.threads;
   machine.barrier_arrived = 0;
   machine.barrier_votes = 0;
@@ -339,6 +350,12 @@ static void run_block(uint3 block, dim3 size) {
     fiber.group = 0;
     fiber.published = 0;
     fiber.copies.clear();
+    fiber.context.stack =
+        machine.stacks + (std::size_t{turn} * kMaxThreads + i) * (kStackBytes + kStackGuard) + kStackGuard;
+    fiber.context.stack_bytes = kStackBytes;
+#if defined(SIMT_TSAN)
+    fiber.context.tsan_fiber = tsan_fibers[turn][i];
+#endif
     context_make(fiber.context, thread_main);
     set_runnable(i);
   }
@@ -354,9 +371,15 @@ static void run_block(uint3 block, dim3 size) {
   machine.current = static_cast<unsigned>(pick());
   current_thread = &machine.fibers[machine.current].id;
   machine.watching = true;
+  SIMT_EDGE(__tsan_release(&start_edge));
   context_switch(machine.main, machine.fibers[machine.current].context, false);
   machine.watching = false;
-  for (unsigned i = 0; i < machine.threads; ++i) context_drop(machine.fibers[i].context, !machine.running);
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    context_drop(machine.fibers[i].context, !machine.running);
+#if defined(SIMT_TSAN)
+    tsan_fibers[turn][i] = machine.fibers[i].context.tsan_fiber;
+#endif
+  }
 }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, std::size_t dynamic_bytes, void (*body)(void*),
