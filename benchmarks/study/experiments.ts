@@ -40,6 +40,12 @@ const screening = {
   calibrations: ['wiki'],
 } as const;
 
+const withLayers = (layers: string, scheme: string): string =>
+  `calibrated-k2v2[${layers
+    .split(' ')
+    .map((one) => `${one}=${scheme}`)
+    .join()}]`;
+
 export const experiments: readonly Experiment[] = [
   {
     name: 'wikitext',
@@ -154,9 +160,9 @@ export const experiments: readonly Experiment[] = [
     calibrations: ['wiki'],
     schemes: [
       'calibrated-{k2v2,k3v2}',
-      ...['0-1,28-29', '7,18,20,23'].map((four) => `calibrated-k2v2[${four}=calibrated-k4v4]`),
-      ...['0-14', '15-29', '2-3,5-10,14,17-18,20,23-24,28'].map(
-        (half) => `calibrated-k2v2[${half}=calibrated-k3v2]`,
+      ...['0-1 28-29', '7 18 20 23'].map((four) => withLayers(four, 'calibrated-k4v4')),
+      ...['0-14', '15-29', '2-3 5-10 14 17-18 20 23-24 28'].map((half) =>
+        withLayers(half, 'calibrated-k3v2'),
       ),
     ],
   },

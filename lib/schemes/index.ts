@@ -259,15 +259,19 @@ function reduced(basis: HeadBasis, without: ReadonlySet<CalibratedPart>): HeadBa
   };
 }
 
-/** Keys and values of the presets, by evidence: docs/fidelity.md, "Defaults". */
-const PRESETS = { 2: [2, 2], 3: [3, 3], 4: [4, 4] } as const;
+/** Bits of keys and values of the presets, by evidence: docs/fidelity.md, "Defaults". */
+const PRESETS = {
+  calibrated: { 2: [2, 2], 3: [3, 3], 4: [4, 4] },
+  rotated: { 2: [2, 2], 3: [4, 2], 4: [4, 4] }, // uncalibrated keys are the weak side
+} as const;
 
 /**
  * The scheme to take at a size, in bits per number and a fraction for scales: `calibrated` with moments of the model, `rotated`
- * without.
+ * without, whose 3 bits are 4 for keys and 2 for values.
  */
 function preset(bits: 2 | 3 | 4, moments?: string | Moments): DescribedScheme {
-  const [keyBits, valueBits] = PRESETS[oneOf(bits, [2, 3, 4] as const, 'bits of schemes.preset')];
+  const size = oneOf(bits, [2, 3, 4] as const, 'bits of schemes.preset');
+  const [keyBits, valueBits] = PRESETS[moments === undefined ? 'rotated' : 'calibrated'][size];
   return moments === undefined
     ? rotated({ keyBits, valueBits })
     : calibrated(moments, { keyBits, valueBits });

@@ -185,6 +185,8 @@ test('presets: calibrated with moments, rotated without, by name too', () => {
     expect(schemeNamed(`${size}bit`).name).toBe(plain.name);
     expect(schemeNamed(`${size}bit`, moments).name).toBe(tuned.name);
   }
+  expect(schemes.preset(3).name).toBe('rotated-k4v2');
+  expect(schemes.preset(3, moments).name).toBe('calibrated-k3v3');
 });
 
 test('clip searches respect the limit of eight ratios', () => {
