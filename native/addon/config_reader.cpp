@@ -39,7 +39,8 @@ int index_of(const Names& names, const std::string& name) {
 TensorSpec read_spec(const Napi::Value& value) {
   const Fields fields(value, "tensor spec");
   return {fields.integer("bits"), static_cast<Group>(index_of(kGroupNames, fields.text("group"))),
-          static_cast<Mode>(index_of(kModeNames, fields.text("mode")))};
+          static_cast<Mode>(index_of(kModeNames, fields.text("mode"))),
+          fields.has("outliers") ? fields.integer("outliers") : 0};
 }
 
 Basis read_basis(const Napi::Value& value) {
@@ -217,6 +218,7 @@ Napi::Object write_estimate(Napi::Env env, const CacheConfig& config, std::int64
   set("codeBytes", static_cast<double>(parts.code_bytes));
   set("scaleBytes", static_cast<double>(parts.scale_bytes));
   set("zeroBytes", static_cast<double>(parts.zero_bytes));
+  set("outlierBytes", static_cast<double>(parts.outlier_bytes));
   set("paddingBytes", static_cast<double>(parts.padding_bytes));
   set("fp16Bytes", static_cast<double>(parts.fp16_bytes));
   set("bitsPerValue", bits);

@@ -74,7 +74,9 @@ Estimate estimate(const CacheConfig& config, std::int64_t tokens, std::int64_t s
       sum.scale_bytes += pages * scales;
       sum.zero_bytes +=
           pages * (tensor->spec.compact_zeros() ? scales : dense);  // compact ones: at worst one a group
-      sum.padding_bytes += pages * (tensor->bytes() - tensor->code_bytes() - scales - dense);
+      sum.outlier_bytes += pages * tensor->outlier_bytes();
+      sum.padding_bytes +=
+          pages * (tensor->bytes() - tensor->code_bytes() - scales - dense - tensor->outlier_bytes());
     }
     sum.window_bytes += tokens > 0 ? config.window_bytes(scheme) * many : 0;
     sum.fp16_bytes += std::size_t{2} * 2 * static_cast<std::size_t>(tokens) * heads * D * many;

@@ -75,7 +75,7 @@ class Cache : public std::enable_shared_from_this<Cache> {
 /// Bytes of a cache that holds `tokens` tokens in each of `sequences` sequences, by part; nothing is
 /// allocated.
 struct Estimate {
-  std::size_t window_bytes, code_bytes, scale_bytes, zero_bytes, padding_bytes, fp16_bytes;
+  std::size_t window_bytes, code_bytes, scale_bytes, zero_bytes, outlier_bytes, padding_bytes, fp16_bytes;
 };
 Estimate estimate(const CacheConfig& config, std::int64_t tokens, std::int64_t sequences);
 

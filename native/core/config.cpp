@@ -45,7 +45,19 @@ void validate(const Basis& basis, int head_dim) {
   for (const float lam : basis.lam) check(lam > 0, "Normalisation factors of a basis must be positive.");
 }
 
+void validate_outliers(const TensorSpec& spec, const char* tensor) {
+  check(spec.outliers >= 0 && spec.outliers <= kMaxOutliers,
+        std::string("outliers of ") + tensor + " must lie between 0 and " + std::to_string(kMaxOutliers) +
+            ", not " + std::to_string(spec.outliers) + ".");
+  if (spec.outliers > 0 && !may_have_outliers(spec))
+    throw Error(ErrorCode::kUnsupported, spec.raw() ? std::string("16-bit ") + tensor + " have no outliers."
+                                                    : "Outliers are kept per token, so grouping tokens32 "
+                                                      "cannot have them.");
+}
+
 void validate(const LayerScheme& scheme, const CacheConfig& config) {
+  validate_outliers(scheme.k, "keys");
+  validate_outliers(scheme.v, "values");
   if (!is_supported(scheme.k, false) || !is_supported(scheme.v, true))
     throw Error(ErrorCode::kUnsupported,
                 "This combination of bits, grouping and mode is not supported. See supportedSpecs().");
@@ -81,6 +93,8 @@ void validate(const LayerScheme& scheme, const CacheConfig& config) {
               !scheme.clip_k.empty(),
           "Rounding with error feedback needs mid-rise keys with one scale per token and at least one clip "
           "ratio.");
+  if (scheme.feedback() && scheme.k.outliers > 0)
+    throw Error(ErrorCode::kUnsupported, "Keys that are rounded with error feedback cannot have outliers.");
 }
 
 }  // namespace
@@ -159,6 +173,11 @@ Fingerprints fingerprints(const CacheConfig& config) {
     basis.add(s.basis.size());
     for (const Basis& b : s.basis)
       basis.add(b.mean).add(b.lam).add(b.inv_lam).add(b.order).add(b.metric).add(b.feedback).add(b.pivot);
+  }
+  // Last and only where there are any: the hash of everything else stays what it was.
+  for (std::size_t i = 0; i < config.schemes.size(); ++i) {
+    const LayerScheme& s = config.schemes[i];
+    if (s.k.outliers > 0 || s.v.outliers > 0) format.add(i).add(s.k.outliers).add(s.v.outliers);
   }
   return {format.value(), basis.value()};
 }

@@ -57,6 +57,14 @@ void decode_tensor(Backend& backend, const TensorLayout& tensor, const std::uint
           to[t * D + c] = mid_rise ? map.scale * (code - center) : map.scale * code + map.offset;
         }
     }
+  if (tensor.spec.outliers == 0) return;
+  const std::uint8_t* section = base + tensor.outliers_at();
+  const OutlierLayout layout = tensor.outliers();
+  for (int slot = 0; slot < slots; ++slot)
+    for (int i = outlier_start(section, layout, slot); i < outlier_start(section, layout, slot + 1); ++i) {
+      const Outlier outlier = outlier_at(section, layout, i);
+      to[slot * D + outlier.index] += half_value(outlier.value);
+    }
 }
 
 void rotate(float* x, int head_dim, const Rotation& rotation, const RopeConfig& rope) {

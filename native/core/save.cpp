@@ -101,8 +101,24 @@ int ring_v(const LayerState& state) { return std::max(0, state.tokens - state.re
 
 int slots_of(int quantised, int page) { return std::clamp(quantised - page * kPageTokens, 0, kPageTokens); }
 
-/// Scales and dense zero points that belong to the first `slots` slots must be finite; returns the compact
-/// zero points owned.
+/// The outlier rows of the first `slots` slots are the format's, not only some that could be read: tokens may
+/// be replaced in place later.
+void check_outliers(const TensorLayout& tensor, const std::uint8_t* base, int slots) {
+  if (tensor.spec.outliers == 0) return;
+  const OutlierLayout layout = tensor.outliers();
+  const std::uint8_t* section = base + tensor.outliers_at();
+  intact(outliers_valid(section, layout, slots, tensor.head_dim), "its outliers are out of order");
+  for (int slot = 0; slot <= slots; ++slot)
+    intact(outlier_start(section, layout, slot) == slot * tensor.spec.outliers,
+           "a token has too many or too few outliers");
+  const std::size_t padding[][2] = {{layout.indices_at() + at(layout.capacity), layout.values_at()},
+                                    {layout.values_at() + 2 * at(layout.capacity), layout.bytes()}};
+  for (const auto& [begin, end] : padding)
+    for (std::size_t i = begin; i < end; ++i) intact(section[i] == 0, "what aligns outliers is not empty");
+}
+
+/// Scales, dense zero points and outliers that belong to the first `slots` slots must be sound; returns the
+/// compact zero points owned.
 int check_tensor(const TensorLayout& tensor, const std::uint8_t* base, int slots) {
   if (tensor.spec.raw()) {
     for (int i = 0; i < slots * tensor.head_dim; ++i)
@@ -122,6 +138,7 @@ int check_tensor(const TensorLayout& tensor, const std::uint8_t* base, int slots
                "a zero point is not finite");
       if (tensor.spec.compact_zeros()) zeros += scale >> 15;
     }
+  check_outliers(tensor, base, slots);
   return zeros;
 }
 
@@ -140,6 +157,10 @@ void clear_unused(const TensorLayout& tensor, std::uint8_t* base, int slots) {
       std::memset(base + tensor.scales_at() + index, 0, 2);
       if (tensor.spec.dense_zeros()) std::memset(base + tensor.zeros_at() + index, 0, 2);
     }
+    for (int i = 0; i < tensor.spec.outliers; ++i)
+      put_outlier(base + tensor.outliers_at(), tensor.outliers(), slot * tensor.spec.outliers + i, {0, 0});
+    if (tensor.spec.outliers > 0)
+      put_outlier_start(base + tensor.outliers_at(), tensor.outliers(), slot + 1, 0);
   }
 }
 

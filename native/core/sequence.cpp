@@ -70,9 +70,23 @@ void clear_removed(Page& page, int first, int count) {
     page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
 }
 
+/// Outlier rows 0 ... rows - 1 with entries that add nothing.
+void put_empty_outliers(Backend& backend, const TensorLayout& tensor, std::uint8_t* base, int rows) {
+  const int count = tensor.spec.outliers;
+  if (count == 0 || rows == 0) return;
+  const OutlierLayout layout = tensor.outliers();
+  std::vector<std::uint8_t> section(layout.bytes());
+  Outlier none[kMaxOutliers];
+  for (int i = 0; i < count; ++i) none[i] = {i, 0};
+  for (int row = 0; row < rows; ++row) put_outlier_row(section.data(), layout, row, row * count, none, count);
+  backend.copy_memory(base + tensor.outliers_at(), section.data(), section.size());
+}
+
 /// A fresh page in the place of one that was given back: the tokens before `slots` are still removed.
-void mark_removed(Page& page, int slots) {
+void mark_removed(Backend& backend, const PageLayout& layout, Page& page, int slots) {
   for (int slot = 0; slot < slots; ++slot) page.removed[slot / 64] |= std::uint64_t{1} << (slot % 64);
+  put_empty_outliers(backend, layout.k, page.bytes.data() + layout.k_at(), slots);
+  put_empty_outliers(backend, layout.v, page.bytes.data() + layout.v_at(), slots);
 }
 
 }  // namespace
@@ -317,7 +331,7 @@ void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_
           held.reset();
           // `shared` is one extra holder besides the table.
           std::shared_ptr<Page> own = shared && shared.use_count() == 2 ? shared : own_page(shared, scheme);
-          if (!shared) mark_removed(*own, k_first - begin);
+          if (!shared) mark_removed(backend, layout, *own, k_first - begin);
           pages[at(head)].push_back(own);
           before.emplace_back(*own);
           own->k_zero_count =

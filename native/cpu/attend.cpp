@@ -33,6 +33,9 @@ struct AttendScratch {
   alignas(64) std::int32_t sums[kMaxRows * kMaxHeadDim];
   alignas(64) float scores[kMaxRows * kPageTokens];
   alignas(64) float scale[kMaxScales], offset[kMaxScales], weights[kPageTokens];
+  alignas(64) float q_stored[kMaxRows * kMaxHeadDim];  // in the basis of stored keys, for outliers
+  alignas(64) float outlier_values[kPageTokens * kMaxOutliers];
+  std::uint16_t outlier_starts[kPageTokens + 1];
   float q_step[kMaxRows], q_constant[kMaxRows];
   std::int32_t q_total[kMaxRows][kMaxGroups];
 };
@@ -91,6 +94,17 @@ PageScales load_scales(const Kernels& kernels, const TensorLayout& layout, const
       zero += own;
     }
   return {scale, offset, 0};
+}
+
+OutlierRows load_outliers(const Kernels& kernels, const TensorLayout& tensor, const std::uint8_t* base,
+                          int slots, AttendScratch& s) {
+  const OutlierLayout layout = tensor.outliers();
+  const std::uint8_t* section = base + tensor.outliers_at();
+  for (int slot = 0; slot <= slots; ++slot)
+    s.outlier_starts[slot] = static_cast<std::uint16_t>(outlier_start(section, layout, slot));
+  kernels.half_to_float(reinterpret_cast<const std::uint16_t*>(section + layout.values_at()),
+                        s.outlier_values, s.outlier_starts[slots]);
+  return {s.outlier_starts, section + layout.indices_at(), s.outlier_values, slots, tensor.head_dim};
 }
 
 /// Fetches the next page while the present one is computed, a few lines between the steps: pages are too
@@ -243,6 +257,7 @@ class HeadAttention {
       args.hi = s_.q_hi + r * D_;
       args.lo = s_.q_lo + r * D_;
       args.totals = s_.q_total[r];
+      args.stored = layout_.k.spec.outliers > 0 ? s_.q_stored + r * D_ : nullptr;
       kernels_.prepare_query(args);
       s_.q_step[r] = args.step;
       s_.q_constant[r] = args.constant;
@@ -276,6 +291,9 @@ class HeadAttention {
                             scales.offset ? scales.offset + g * kPageTokens : nullptr, s_.q_step[r],
                             s_.q_total[r][g], scales.center2, s_.scores + r * kPageTokens);
     }
+    if (layout.spec.outliers > 0)
+      kernels_.outlier_scores(load_outliers(kernels_, layout, base, stored, s_), s_.q_stored, task_.rows,
+                              s_.scores, kPageTokens);
   }
 
   void hide_logits(int position, int count) {
@@ -339,6 +357,9 @@ class HeadAttention {
       block_values(scales, stored);
     else
       token_values(scales, stored);
+    if (layout.spec.outliers > 0)
+      kernels_.outlier_values(load_outliers(kernels_, layout, base, stored, s_), s_.scores, task_.rows,
+                              kPageTokens, stored_out(0));
   }
 
   /// One scale per token (or per token and channel group): it is folded into the probability.

@@ -7,6 +7,7 @@
 
 #include "../format/codes.h"
 #include "../format/group.h"
+#include "../format/outliers.h"
 #include "../numerics/hadamard.h"
 
 namespace innerkv {
@@ -49,10 +50,19 @@ struct QueryArgs {
   bool half_layout;
   const float *mean, *lam;  // [D] or nullptr
   bool hadamard;
-  std::int8_t *hi, *lo;  // [D]
-  int group;             // channels whose integers are totalled together
-  std::int32_t* totals;  // [ceil(D / group)]
-  float step, constant;  // out
+  std::int8_t *hi, *lo;     // [D]
+  int group;                // channels whose integers are totalled together
+  std::int32_t* totals;     // [ceil(D / group)]
+  float step, constant;     // out
+  float* stored = nullptr;  // out: [D] the query before it became integers, or nullptr
+};
+
+/// Outlier rows of one page: token t has entries starts[t] ... starts[t + 1] - 1.
+struct OutlierRows {
+  const std::uint16_t* starts;   // [tokens + 1]
+  const std::uint8_t* channels;  // of entries
+  const float* values;
+  int tokens, head_dim;
 };
 
 struct SoftmaxArgs {
@@ -76,6 +86,7 @@ struct Kernels {
   void (*rotate)(float* x, int head_dim, const float* cos, const float* sin, int pairs, bool half_layout);
   void (*hadamard)(float* x, int count);
   GroupScale (*quantise_group)(const float* x, int count, const GroupRule& rule, std::uint8_t* codes);
+  void (*take_outliers)(float* x, int head_dim, int group, int count, TakenOutliers& taken);
   void (*round_feedback)(const FeedbackArgs& args);
   /// scores[r * score_stride + t] = q[r] . k[t] for raw K of float32 or binary16, q [rows][D], k rows
   /// `k_stride` elements apart.
@@ -96,6 +107,12 @@ struct Kernels {
   /// acc[i] += (scale ? scale[i] : 1) * step * (2 sums[i] - center2 * total) / 2.
   void (*add_values)(const std::int32_t* sums, int count, const float* scale, float step, std::int32_t total,
                      int center2, float* acc);
+  /// scores[r * score_stride + t] += the sum over the outliers of token t of q[r][channel] * value.
+  void (*outlier_scores)(const OutlierRows& outliers, const float* q, int rows, float* scores,
+                         std::ptrdiff_t score_stride);
+  /// acc[r][channel] += p[r * p_stride + t] * value for the outliers of all tokens t.
+  void (*outlier_values)(const OutlierRows& outliers, const float* p, int rows, std::ptrdiff_t p_stride,
+                         float* acc);
   /// weights[i] = p[i] * scale[i].
   void (*multiply)(const float* p, const float* scale, int count, float* weights);
   void (*scale_by)(float* x, int count, float factor);

@@ -230,6 +230,7 @@ void prepare_query(QueryArgs& args) {
   if (args.lam)
     for (int c = 0; c < D; c += kLanes) store(x + c, load(x + c) * load(args.lam + c));
   if (args.hadamard) hadamard_all(x, D);
+  if (args.stored) __builtin_memcpy(args.stored, x, sizeof(float) * static_cast<std::size_t>(D));
   std::int32_t total = 0;
   args.step = split(x, D, args.hi, args.lo, &total);
   if (args.group >= D) {
@@ -248,6 +249,10 @@ void prepare_query(QueryArgs& args) {
 
 GroupScale quantise_group_here(const float* x, int count, const GroupRule& rule, std::uint8_t* codes) {
   return quantise_group(x, count, rule, codes);
+}
+
+void take_outliers_here(float* x, int head_dim, int group, int count, TakenOutliers& taken) {
+  take_outliers(x, head_dim, group, count, taken);
 }
 
 // ---- feedback rounding ----
@@ -637,6 +642,49 @@ void add_values(const std::int32_t* __restrict sums, int count, const float* __r
     for (int i = 0; i < count; ++i) acc[i] += centred(sums[i]);
 }
 
+// ---- outliers ----
+
+// Four rows at a time: what is read of an outlier serves them all, and their sums do not wait for each other.
+
+template <int kRows>
+void outlier_scores_of(const OutlierRows& outliers, const float* __restrict q, float* __restrict scores,
+                       std::ptrdiff_t stride) {
+  const int D = outliers.head_dim;
+  for (int t = 0; t < outliers.tokens; ++t)
+    for (int i = outliers.starts[t]; i < outliers.starts[t + 1]; ++i) {
+      const float* at = q + outliers.channels[i];
+      for (int r = 0; r < kRows; ++r) scores[r * stride + t] += at[r * D] * outliers.values[i];
+    }
+}
+
+template <int kRows>
+void outlier_values_of(const OutlierRows& outliers, const float* __restrict p, std::ptrdiff_t stride,
+                       float* __restrict acc) {
+  const int D = outliers.head_dim;
+  for (int t = 0; t < outliers.tokens; ++t)
+    for (int i = outliers.starts[t]; i < outliers.starts[t + 1]; ++i) {
+      float* at = acc + outliers.channels[i];
+      for (int r = 0; r < kRows; ++r) at[r * D] += p[r * stride + t] * outliers.values[i];
+    }
+}
+
+void outlier_scores(const OutlierRows& outliers, const float* q, int rows, float* scores,
+                    std::ptrdiff_t stride) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    outlier_scores_of<4>(outliers, q + r * outliers.head_dim, scores + r * stride, stride);
+  for (; r < rows; ++r)
+    outlier_scores_of<1>(outliers, q + r * outliers.head_dim, scores + r * stride, stride);
+}
+
+void outlier_values(const OutlierRows& outliers, const float* p, int rows, std::ptrdiff_t stride,
+                    float* acc) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    outlier_values_of<4>(outliers, p + r * stride, stride, acc + r * outliers.head_dim);
+  for (; r < rows; ++r) outlier_values_of<1>(outliers, p + r * stride, stride, acc + r * outliers.head_dim);
+}
+
 void multiply(const float* __restrict p, const float* __restrict scale, int count,
               float* __restrict weights) {
   for (int i = 0; i < count; ++i) weights[i] = p[i] * scale[i];
@@ -657,6 +705,7 @@ constexpr Kernels table(const char* isa) {
           rotate,
           hadamard_all,
           quantise_group_here,
+          take_outliers_here,
           round_feedback,
           raw_scores_half,
           raw_scores_float,
@@ -665,6 +714,8 @@ constexpr Kernels table(const char* isa) {
           softmax,
           add_scores,
           add_values,
+          outlier_scores,
+          outlier_values,
           multiply,
           scale_by};
 }

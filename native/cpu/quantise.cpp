@@ -1,4 +1,4 @@
-// Tokens into pages and back, one page a task. docs/format.md sections 3 to 6.
+// Tokens into pages and back, one page a task. docs/format.md sections 3 to 6 and 8.
 #include <algorithm>
 #include <cstring>
 
@@ -80,6 +80,31 @@ class PageWriter {
       append_zero(extents, zeros, scale.zero);
   }
 
+  /// Codes, scales, zero points and outliers of a token x [D], which is changed where it has outliers.
+  void round(const TensorLayout& layout, std::uint8_t* base, int slot, float* x, const GroupRule& rule,
+             std::vector<Slot>& extents, int& zeros, std::uint8_t* codes) const {
+    const TensorSpec& spec = layout.spec;
+    const int channels = group_channels(spec.group, D_);
+    TakenOutliers taken;
+    if (spec.outliers > 0) kernels_.take_outliers(x, D_, channels, spec.outliers, taken);
+    GroupScale scales[kMaxHeadDim / 32];
+    for (int g = 0; g < layout.groups(); ++g) {
+      const int begin = layout.group_begin(g);
+      scales[g] = kernels_.quantise_group(x + begin, layout.group_end(g) - begin, rule, codes + begin);
+      store(layout, base, layout.scale_index(slot, g), scales[g], extents, zeros);
+    }
+    if (spec.outliers == 0) return;
+    Outlier entries[kMaxOutliers];
+    for (int i = 0; i < spec.outliers; ++i) {
+      const int c = taken.channel[i];
+      const GroupScale& scale = scales[c / channels];
+      const Dequantiser map = dequantiser(spec.bits, spec.mode, scale.scale, scale.zero);
+      entries[i] = {c, outlier_value(taken.x[i], map.scale * static_cast<float>(codes[c]) + map.offset)};
+    }
+    put_outlier_row(base + layout.outliers_at(), layout.outliers(), slot, slot * spec.outliers, entries,
+                    spec.outliers);
+  }
+
   void write_key(int slot, const std::uint16_t* key) {
     const TensorLayout& layout = layout_.k;
     if (layout.spec.raw()) {
@@ -90,13 +115,8 @@ class PageWriter {
     std::uint8_t codes[kMaxHeadDim];
     kernels_.half_to_float(key, x, static_cast<std::size_t>(D_));
     transform_key(slot, x);
-    for (int g = 0; g < layout.groups(); ++g) {
-      const int begin = layout.group_begin(g);
-      store(layout, k_, layout.scale_index(slot, g),
-            kernels_.quantise_group(x + begin, layout.group_end(g) - begin,
-                                    rule(layout.spec, scheme_.clip_k, scheme_.unbiased_k), codes + begin),
-            job_.page->k_zeros, job_.page->k_zero_count);
-    }
+    round(layout, k_, slot, x, rule(layout.spec, scheme_.clip_k, scheme_.unbiased_k), job_.page->k_zeros,
+          job_.page->k_zero_count, codes);
     put_row(k_, layout.codes(), slot, codes, D_);
   }
 
@@ -130,13 +150,8 @@ class PageWriter {
     std::uint8_t codes[kMaxHeadDim];
     kernels_.half_to_float(value, x, static_cast<std::size_t>(D_));
     if (scheme_.hadamard_v) kernels_.hadamard(x, D_);
-    for (int g = 0; g < layout.groups(); ++g) {
-      const int begin = layout.group_begin(g);
-      store(layout, v_, layout.scale_index(slot, g),
-            kernels_.quantise_group(x + begin, layout.group_end(g) - begin,
-                                    rule(layout.spec, scheme_.clip_v, scheme_.unbiased_v), codes + begin),
-            job_.page->v_zeros, job_.page->v_zero_count);
-    }
+    round(layout, v_, slot, x, rule(layout.spec, scheme_.clip_v, scheme_.unbiased_v), job_.page->v_zeros,
+          job_.page->v_zero_count, codes);
     put_column(v_, layout.codes(), slot, codes);
   }
 

@@ -1,4 +1,4 @@
-// Byte offsets inside a page, and the memory a token costs. docs/format.md sections 3 and 7.
+// Byte offsets inside a page, and the memory a token costs. docs/format.md sections 3, 7 and 8.
 #pragma once
 
 #include <cstddef>
@@ -6,18 +6,14 @@
 
 #include "../platform.h"
 #include "codes.h"
+#include "outliers.h"
 #include "spec.h"
 
 namespace innerkv {
 
 inline constexpr std::uint32_t kFormatVersion = 1;
-inline constexpr std::size_t kSectionAlign = 64;
 inline constexpr int kZeroExtent =
     128;  // compact zero points are allotted in extents of this many binary16 values
-
-constexpr INNERKV_HD std::size_t align_section(std::size_t bytes) {
-  return (bytes + kSectionAlign - 1) / kSectionAlign * kSectionAlign;
-}
 
 /// One tensor (K or V) of a page.
 struct TensorLayout {
@@ -59,8 +55,15 @@ struct TensorLayout {
   constexpr INNERKV_HD std::size_t zeros_at() const {
     return scales_at() + align_section(std::size_t{2} * scales());
   }
-  constexpr INNERKV_HD std::size_t bytes() const {
+  constexpr INNERKV_HD OutlierLayout outliers() const { return {spec.outliers * kPageTokens}; }
+  constexpr INNERKV_HD std::size_t outliers_at() const {
     return zeros_at() + (spec.dense_zeros() ? align_section(std::size_t{2} * scales()) : 0);
+  }
+  constexpr INNERKV_HD std::size_t outlier_bytes() const {
+    return spec.outliers > 0 ? outliers().payload_bytes() : 0;
+  }
+  constexpr INNERKV_HD std::size_t bytes() const {
+    return outliers_at() + (spec.outliers > 0 ? outliers().bytes() : 0);
   }
 };
 
@@ -74,12 +77,12 @@ struct PageLayout {
   constexpr INNERKV_HD std::size_t bytes() const { return k.bytes() + v.bytes(); }
 };
 
-/// Payload bits per stored number (codes, scales, dense zero points), without windows, padding or compact
-/// zero points.
+/// Payload bits per stored number (codes, scales, dense zero points, outlier rows), without windows, padding
+/// or compact zero points.
 constexpr INNERKV_HD double bits_per_value(const TensorLayout& tensor) {
   const double numbers = static_cast<double>(kPageTokens) * tensor.head_dim;
   const double meta = tensor.spec.raw() ? 0.0 : 16.0 * tensor.scales() * (tensor.spec.dense_zeros() ? 2 : 1);
-  return (8.0 * tensor.code_bytes() + meta) / numbers;
+  return (8.0 * (tensor.code_bytes() + tensor.outlier_bytes()) + meta) / numbers;
 }
 
 static_assert(PageLayout(TensorSpec{2, Group::kToken, Mode::kMidRise},

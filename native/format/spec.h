@@ -4,6 +4,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "../platform.h"
@@ -13,6 +14,8 @@ namespace innerkv {
 inline constexpr int kPageTokens = 128;    // slots of a page
 inline constexpr int kBlockTokens32 = 32;  // tokens of a value sub-block with grouping tokens32
 inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxOutliers = 8;  // of a token, kept sparse
+inline constexpr std::size_t kSectionAlign = 64;
 inline constexpr std::array<int, 5> kHeadDims = {64, 80, 96, 128, 256};
 
 enum class Group : std::uint8_t { kChannels32, kChannels64, kToken, kTokens32 };
@@ -26,6 +29,7 @@ struct TensorSpec {
   int bits = 16;
   Group group = Group::kToken;
   Mode mode = Mode::kMidRise;
+  int outliers = 0;  // numbers of each token that are kept apart, sparse
 
   constexpr bool operator==(const TensorSpec&) const = default;
   constexpr INNERKV_HD bool raw() const { return bits == 16; }
@@ -52,6 +56,15 @@ constexpr INNERKV_HD int group_channels(Group group, int head_dim) {
   return group == Group::kChannels32 ? 32 : group == Group::kChannels64 ? 64 : head_dim;
 }
 
+constexpr INNERKV_HD std::size_t align_section(std::size_t bytes) {
+  return (bytes + kSectionAlign - 1) / kSectionAlign * kSectionAlign;
+}
+
+/// Whether tensors of this format, whatever it is otherwise, may have outliers.
+constexpr INNERKV_HD bool may_have_outliers(const TensorSpec& spec) {
+  return !spec.raw() && spec.group != Group::kTokens32;
+}
+
 /// Whether a key (or value) tensor may have this spec.
 constexpr INNERKV_HD bool is_supported(const TensorSpec& spec, bool value) {
   if (spec.raw()) return spec == TensorSpec{};
@@ -59,7 +72,8 @@ constexpr INNERKV_HD bool is_supported(const TensorSpec& spec, bool value) {
   if (spec.bits == 1 && (!value || (spec.mode != Mode::kMidRise && spec.mode != Mode::kAsymmetric)))
     return false;
   if (spec.group == Group::kTokens32 && !value) return false;
-  return true;
+  return spec.outliers == 0 ||
+         (spec.outliers > 0 && spec.outliers <= kMaxOutliers && may_have_outliers(spec));
 }
 
 }  // namespace innerkv

@@ -68,8 +68,9 @@ CacheConfig config_of(const Case& c, check::Random& random) {
 std::string name(const Case& c, int tokens, const char* isa) {
   return std::string(isa) + " K" + std::to_string(c.k.bits) +
          kGroupNames[static_cast<std::size_t>(c.k.group)] + kModeNames[static_cast<std::size_t>(c.k.mode)] +
-         " V" + std::to_string(c.v.bits) + kGroupNames[static_cast<std::size_t>(c.v.group)] +
-         kModeNames[static_cast<std::size_t>(c.v.mode)] + " D" + std::to_string(c.head_dim) + " GQA" +
+         "+" + std::to_string(c.k.outliers) + " V" + std::to_string(c.v.bits) +
+         kGroupNames[static_cast<std::size_t>(c.v.group)] + kModeNames[static_cast<std::size_t>(c.v.mode)] +
+         "+" + std::to_string(c.v.outliers) + " D" + std::to_string(c.head_dim) + " GQA" +
          std::to_string(c.group) + " n" + std::to_string(tokens);
 }
 
@@ -185,6 +186,10 @@ int main() {
                        128,
                        1,
                        false});
+      if (group == Group::kTokens32) continue;
+      const int outliers = 1 + static_cast<int>(mode) + static_cast<int>(group) % 3;  // 1 ... 8
+      cases.push_back({{bits, group, mode, outliers}, {bits, group, mode, 9 - outliers}, 80, 3, false});
+      cases.push_back({{bits, group, mode, 1}, {bits, group, mode, 2}, 128, 2, false});
     }
   const std::vector<int> lengths = {137, 9, 41, 300, 136, 40, 8, 3, 1};
   const auto count = static_cast<std::size_t>(check::number_from("INNERKV_ATTEND_LENGTHS", 9));

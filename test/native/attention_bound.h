@@ -25,9 +25,9 @@ namespace bounds {
 inline constexpr double kU = 0x1p-24, kTiny = 1e-30, kIntegers = 32639;
 inline double gamma(double k) { return k * kU / (1 - k * kU); }
 
-/// The keys or values of one head, [tokens][D], as stored; raw tokens as they came.
+/// The keys or values of one head, [tokens][D], as stored; raw tokens as they came. `added`: outliers.
 struct Numbers {
-  std::vector<double> x, magnitude, level, scale;
+  std::vector<double> x, magnitude, level, scale, added;
   std::vector<char> raw;
 };
 
@@ -64,7 +64,7 @@ inline Numbers numbers_of(const HeadView& view, const TensorLayout& layout, std:
   const TensorSpec spec = layout.spec;
   const std::size_t size = at(view.tokens * D);
   Numbers all{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size),
-              std::vector<double>(size), std::vector<char>(at(view.tokens))};
+              std::vector<double>(size), std::vector<double>(size), std::vector<char>(at(view.tokens))};
   for (int p = 0; p < view.sink; ++p) put_raw(all, p, D, (value ? view.sink_v : view.sink_k) + p * D);
   for (int t = quantised; t < view.tokens - view.sink; ++t)
     put_raw(all, view.sink + t, D, (value ? view.ring_v : view.ring_k) + t % view.ring * D);
@@ -111,6 +111,12 @@ inline Numbers numbers_of(const HeadView& view, const TensorLayout& layout, std:
           all.level[i] = bare ? code : std::abs(code - centre);
           all.scale[i] = std::abs(scale);
         }
+        const std::uint8_t* section = base + layout.outliers_at();
+        const int last = spec.outliers > 0 ? outlier_start(section, layout.outliers(), slot + 1) : 0;
+        for (int i = last - spec.outliers; i < last; ++i) {
+          const Outlier outlier = outlier_at(section, layout.outliers(), i);
+          all.added[at(token * D + outlier.index)] = static_cast<double>(half_value(outlier.value));
+        }
       }
     }
   }
@@ -124,7 +130,7 @@ struct Head {
   HeadView view;
   Numbers k, v;
   std::vector<double> values;  // [tokens][D] in the model's space
-  int D, parts;
+  int D, parts, most_outliers = 0;
 
   Head(const Sequence& sequence, int layer, int kv_head)
       : Head(sequence.cache().config(), sequence.view(layer, kv_head)) {
@@ -132,6 +138,12 @@ struct Head {
     k = numbers_of(view, layout.k, layout.k_at());
     v = numbers_of(view, layout.v, layout.v_at());
     values = v.x;
+    std::vector<int> many(at(D));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] += v.added[i];
+      v.magnitude[i] += std::abs(v.added[i]);
+      if (v.added[i] != 0) most_outliers = std::max(most_outliers, ++many[i % at(D)]);
+    }
     for (int j = 0; j < view.tokens; ++j)
       if (rotates(j)) hadamard(&values[at(j * D)], D, false);
   }
@@ -185,7 +197,8 @@ struct Head {
     const Basis* basis = scheme.k.raw() ? nullptr : view.basis;
     if (basis && !basis->mean.empty())
       for (int c = 0; c < D; ++c)
-        in.constant += gamma(D + 30) * in.relative[at(c)] * std::abs(static_cast<double>(basis->mean[at(c)]));
+        in.constant += gamma(D + 30 + scheme.k.outliers) * in.relative[at(c)] *
+                       std::abs(static_cast<double>(basis->mean[at(c)]));
     if (basis && !basis->lam.empty())
       for (int c = 0; c < D; ++c) in.transformed[at(c)] *= static_cast<double>(basis->lam[at(c)]);
     if (scheme.hadamard_k) hadamard(in.transformed.data(), D, true);
@@ -196,15 +209,18 @@ struct Head {
   INNERKV_UNWATCHED double logit_error(const float* q, const Query& in, int token) const {
     const double *x = &k.x[at(token * D)], *magnitude = &k.magnitude[at(token * D)],
                  *transformed = in.transformed.data();
-    double products = 0, size = 0, scaling = 0;
+    double products = 0, size = 0, scaling = 0, added = 0;
     for (int c = 0; c < D; ++c) {
       products += std::abs(x[c]) * (k.raw[at(token)] ? std::abs(static_cast<double>(q[c])) : transformed[c]);
       size += std::abs(x[c]);
       scaling += (transformed[c] + in.step) * magnitude[c];
+      added += k.raw[at(token)] ? 0 : transformed[c] * std::abs(k.added[at(token * D + c)]);
     }
     if (k.raw[at(token)]) return gamma(D + 6) * products;
     const int groups = TensorLayout{scheme.k, false, D}.groups();
-    return (in.step / 2 + kTiny) * size + gamma(20) * products + gamma(12 + groups) * scaling + in.constant;
+    const int outliers = scheme.k.outliers;
+    return (in.step / 2 + kTiny) * size + gamma(20) * products + gamma(12 + groups + outliers) * scaling +
+           gamma(22 + outliers) * added + in.constant;
   }
 
   /// Adds the bounds of one query row: [D], one, [tokens].
@@ -246,7 +262,7 @@ struct Head {
       hadamard(stored.data(), D, true);
       hadamard(rounding.data(), D, true);
     }
-    const double chain = gamma(kPageTokens + 2 * parts + plain_values + 24);
+    const double chain = gamma(kPageTokens + 2 * parts + plain_values + most_outliers + 24);
     double lse = 0;
     for (const double times : {1.0, 2.0}) {
       double growth = 0, least = 0, most = 0;

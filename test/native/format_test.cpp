@@ -238,9 +238,11 @@ TEST("sections of every page are aligned, in order, and do not overlap; every sc
       for (const int bits : {1, 2, 3, 4, 8, 16})
         for (int g = 0; g < 4; ++g)
           for (int m = 0; m < 6; ++m) {
-            const TensorSpec spec{bits, static_cast<Group>(g), static_cast<Mode>(m)};
+            const int outliers = (m + g + D) % 10 - 1;
+            const TensorSpec spec{bits, static_cast<Group>(g), static_cast<Mode>(m), std::max(0, outliers)};
             if (!is_supported(spec, value)) continue;
             const TensorLayout t{spec, value, D};
+            const std::size_t rows = outliers > 0 ? at(129 * (outliers > 1 ? 2 : 1) + 3 * 128 * outliers) : 0;
             CHECK(t.code_bytes() == at(kPageTokens * D * bits) / 8);
             const bool blocks = spec.group == Group::kTokens32 && !spec.raw(), raw = spec.raw();
             const int channels = g == 0 ? 32 : g == 1 ? 64 : D, per_token = (D + channels - 1) / channels;
@@ -250,10 +252,13 @@ TEST("sections of every page are aligned, in order, and do not overlap; every sc
                   t.scales_at() < t.code_bytes() + 64);
             CHECK(t.zeros_at() % 64 == 0 && t.zeros_at() >= t.scales_at() + at(2 * scales));
             const std::size_t zeros = !raw && spec.mode == Mode::kAsymmetric ? at(2 * scales) : 0;
-            CHECK(t.bytes() % 64 == 0 && t.bytes() >= t.zeros_at() + zeros &&
-                  t.bytes() < t.zeros_at() + zeros + 64);
-            CHECK(std::abs(bits_per_value(t) - (bits + 8.0 * static_cast<double>(at(2 * scales) + zeros) /
-                                                           (kPageTokens * D))) < 1e-12);
+            CHECK(t.outliers_at() % 64 == 0 && t.outliers_at() >= t.zeros_at() + zeros &&
+                  t.outliers_at() < t.zeros_at() + zeros + 64);
+            CHECK(t.bytes() % 64 == 0 && t.bytes() >= t.outliers_at() + rows &&
+                  t.bytes() < t.outliers_at() + rows + 65);
+            CHECK(std::abs(bits_per_value(t) -
+                           (bits + 8.0 * static_cast<double>(at(2 * scales) + zeros + rows) /
+                                       (kPageTokens * D))) < 1e-12);
             const PageLayout page = value ? PageLayout({}, spec, D) : PageLayout(spec, {}, D);
             CHECK(page.k_at() == 0 && page.v_at() == page.k.bytes() &&
                   page.bytes() == page.k.bytes() + page.v.bytes());
@@ -274,9 +279,27 @@ TEST("sections of every page are aligned, in order, and do not overlap; every sc
           }
 }
 
+TEST("outliers go with every format of codes by token, up to eight, and with nothing else") {
+  int with = 0, without = 0;
+  for (const bool value : {false, true})
+    for (const int bits : {1, 2, 3, 4, 8, 16})
+      for (int g = 0; g < 4; ++g)
+        for (int m = 0; m < 6; ++m) {
+          TensorSpec spec{bits, static_cast<Group>(g), static_cast<Mode>(m)};
+          if (!is_supported(spec, value)) continue;
+          const bool able = bits != 16 && spec.group != Group::kTokens32;
+          ++(able ? with : without);
+          for (const int outliers : {-2147483647, -1, 1, 2, 7, 8, 9, 256, 2147483647}) {
+            spec.outliers = outliers;
+            CHECK(is_supported(spec, value) == (able && outliers >= 1 && outliers <= 8));
+          }
+        }
+  CHECK(with == 3 * (6 * 4 * 2 + 2) && without == 1 + 1 + 6 * 4 + 2);
+}
+
 // ---- outlier rows ----
 
-TEST("outlier rows with 8-bit and 16-bit starts read back, and a row that does not fit changes nothing") {
+TEST("outlier rows with 8-bit and 16-bit starts read back, and each writes its own bytes only") {
   check::Random random(2);
   for (const int capacity : {0, 1, 2, 254, 255, 256, 257, 4096}) {
     const OutlierLayout layout{capacity, kPageTokens};
@@ -292,25 +315,20 @@ TEST("outlier rows with 8-bit and 16-bit starts read back, and a row that does n
       std::vector<Outlier> entries;
       for (int index = random.below(40); index < 256 && static_cast<int>(entries.size()) < std::min(left, 40);
            index += 1 + random.below(20))
-        entries.push_back({index, static_cast<std::uint16_t>(random.bits())});
-      const auto refuses = [&](int r, std::vector<Outlier> bad) {
-        const auto before = section;
-        CHECK(!append_outlier_row(section.data(), layout, r, bad.data(), static_cast<int>(bad.size()), 256));
-        CHECK(section == before);
-      };
-      refuses(-1, {{1, 1}});
-      refuses(kPageTokens, {});
-      refuses(kPageTokens + 1, {});
-      refuses(1 << 20, {});
-      refuses(row, {{256, 1}});
-      refuses(row, {{-1, 1}});
-      refuses(row, {{9, 1}, {9, 2}});
-      refuses(row, {{9, 1}, {8, 2}});
-      if (row == kPageTokens - 1) refuses(row, std::vector<Outlier>(at(left + 1), Outlier{0, 0}));
-      CHECK(!append_outlier_row(section.data(), layout, row, entries.data(), -1, 256));
-      CHECK(append_outlier_row(section.data(), layout, row, entries.data(), static_cast<int>(entries.size()),
-                               256));
-      left -= static_cast<int>(entries.size());
+        entries.push_back({index, static_cast<std::uint16_t>(random.bits() & 0xbbff)});  // finite
+      const int first = capacity - left, count = static_cast<int>(entries.size());
+      const auto before = section;
+      put_outlier_row(section.data(), layout, row, first, entries.data(), count);
+      for (std::size_t i = 0; i < section.size(); ++i) {
+        const auto within = [&](std::size_t from, int begin, int end, int size) {
+          return i >= from + at(begin * size) && i < from + at(end * size);
+        };
+        CHECK(section[i] == before[i] || (row == 0 && within(0, 0, 1, layout.start_bytes())) ||
+              within(0, row + 1, row + 2, layout.start_bytes()) ||
+              within(layout.indices_at(), first, first + count, 1) ||
+              within(layout.values_at(), first, first + count, 2));
+      }
+      left -= count;
       rows.push_back(std::move(entries));
     }
     CHECK(outliers_valid(section.data(), layout, kPageTokens, 256));
@@ -344,13 +362,19 @@ TEST("random bytes are judged as outlier rows without reading outside, and damag
   const auto section_of = [&] {
     std::vector<std::uint8_t> section(layout.bytes());
     const Outlier entries[] = {{3, 1}, {7, 2}, {200, 3}};
-    for (int row = 0; row < 2; ++row) append_outlier_row(section.data(), layout, row, entries, 3, 256);
+    for (int row = 0; row < 2; ++row) put_outlier_row(section.data(), layout, row, 3 * row, entries, 3);
     return section;
   };
   CHECK(outliers_valid(section_of().data(), layout, 2, 256));
   CHECK(!outliers_valid(section_of().data(), layout, 2, 200));  // an index beyond the row
-  for (const auto& [offset, byte] : std::vector<std::pair<std::size_t, int>>{
-           {0, 1}, {1, 7}, {2, 9}, {2, 2}, {layout.indices_at(), 7}, {layout.indices_at() + 4, 1}}) {
+  for (const auto& [offset, byte] :
+       std::vector<std::pair<std::size_t, int>>{{0, 1},
+                                                {1, 7},
+                                                {2, 9},
+                                                {2, 2},
+                                                {layout.indices_at(), 7},
+                                                {layout.indices_at() + 4, 1},
+                                                {layout.values_at() + 1, 0x7c}}) {
     auto section = section_of();
     section[offset] = static_cast<std::uint8_t>(byte);
     CHECK_WITH(!outliers_valid(section.data(), layout, 2, 256), std::to_string(offset));

@@ -84,6 +84,11 @@ void clear_slots(const TensorLayout& t, std::uint8_t* base, int slots) {
       std::memset(base + t.scales_at() + at(2 * t.scale_index(slot, g)), 0, 2);
       if (t.spec.dense_zeros()) std::memset(base + t.zeros_at() + at(2 * t.scale_index(slot, g)), 0, 2);
     }
+    if (t.spec.outliers == 0) continue;
+    std::uint8_t* section = base + t.outliers_at();
+    for (int i = 0; i < t.spec.outliers; ++i)
+      put_outlier(section, t.outliers(), slot * t.spec.outliers + i, {0, 0});
+    put_outlier_start(section, t.outliers(), slot + 1, 0);
   }
 }
 
@@ -302,6 +307,7 @@ TEST("a file of another cache, basis or version is refused by name") {
       [](CacheConfig& c) { c.schemes[0].k.bits = 3; },
       [](CacheConfig& c) { c.schemes[0].v.mode = Mode::kZeroLevel; },
       [](CacheConfig& c) { c.schemes[0].v.group = Group::kChannels32; },
+      [](CacheConfig& c) { c.schemes[0].v.outliers = 1; },
       [](CacheConfig& c) { ++c.schemes[0].sink; },
       [](CacheConfig& c) { ++c.schemes[1].recent; },
       [](CacheConfig& c) { c.schemes[0].block_tokens = 256; },
@@ -411,9 +417,31 @@ TEST("numbers out of range inside a part with a valid checksum are refused") {
           refused(base + t.scales_at() + at(2 * t.scale_index(0, t.groups() - 1)), bad, "a scale");
         if (t.spec.dense_zeros())
           refused(base + t.zeros_at() + at(2 * t.scale_index(0, t.groups() - 1)), bad, "a zero point");
+        if (t.spec.outliers > 0)
+          refused(base + t.outliers_at() + t.outliers().values_at() + at(2 * (5 * t.spec.outliers)), bad,
+                  "an outlier");
       }
       if (layout.k.spec.compact_zeros() || layout.v.spec.compact_zeros())
         refused(page + layout.bytes(), bad, "a compact zero point");
+    }
+    for (const TensorLayout& t : {layout.k, layout.v}) {
+      if (t.spec.outliers == 0) continue;
+      const OutlierLayout rows = t.outliers();
+      const std::size_t base = page + (t.value ? layout.v_at() : layout.k_at()) + t.outliers_at();
+      const int entry = 9 * t.spec.outliers;  // of slot 9
+      const std::uint8_t channel = peek<std::uint8_t>(pieces[1], base + rows.indices_at() + at(entry));
+      for (const int beyond : {t.head_dim, 255})
+        refused(base + rows.indices_at() + at(entry), static_cast<std::uint8_t>(beyond),
+                "an outlier's channel");
+      if (t.spec.outliers > 1) refused(base + rows.indices_at() + at(entry + 1), channel, "a channel twice");
+      const std::size_t start = base + at(9 * rows.start_bytes());
+      const int honest = peek<std::uint8_t>(pieces[1], start);
+      for (const int forged : {0, honest - 1, honest + 1, 255})
+        refused(start, static_cast<std::uint8_t>(forged), "a row start");
+      refused(base, std::uint8_t{1}, "the first row start");
+      refused(base + rows.bytes() - 1, std::uint8_t{1}, "what aligns the section");
+      if (rows.values_at() > rows.indices_at() + at(rows.capacity))
+        refused(base + rows.values_at() - 1, std::uint8_t{1}, "what aligns the values");
     }
     if (sequence->layer_state(0).online) {
       const std::size_t lam = page - 17 - 4 * D, mean = lam - 4 * D;

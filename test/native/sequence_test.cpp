@@ -195,6 +195,12 @@ TEST(
                                                           : get_code(base, t.codes(), slot, c));
         for (int g = 0; g < t.groups() && !t.spec.raw(); ++g)
           used += base[t.scales_at() + at(2 * t.scale_index(slot, g))];
+        for (int i = 0; i < t.spec.outliers; ++i) {
+          const Outlier outlier =
+              outlier_at(base + t.outliers_at(), t.outliers(), slot * t.spec.outliers + i);
+          used +=
+              outlier.index + outlier.value + outlier_start(base + t.outliers_at(), t.outliers(), slot + 1);
+        }
       }
       CHECK_WITH(used == 0, family.name);
     }

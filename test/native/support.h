@@ -97,9 +97,18 @@ inline LayerScheme released(int sink = 4, int recent = 8) {
   return scheme;
 }
 
-/// One of each kind: every grouping, every mode, raw tensors, online statistics, compact and dense zero
-/// points.
-inline std::vector<Family> families() {
+/// Keys and values in a Hadamard basis; `k` and `v` of each token's numbers are outliers.
+inline LayerScheme rotated_with_outliers(int k, int v) {
+  LayerScheme scheme =
+      scheme_of({2, Group::kToken, Mode::kMidRise, k}, {2, Group::kToken, Mode::kMidRise, v});
+  scheme.hadamard_k = scheme.hadamard_v = scheme.unbiased_v = true;
+  scheme.clip_k = scheme.clip_v = {1.0f, 0.9f, 0.7f};
+  return scheme;
+}
+
+/// One of each kind without outliers: every grouping, every mode, raw tensors, online statistics, compact and
+/// dense zero points.
+inline std::vector<Family> dense_families() {
   const TensorSpec raw{};
   return {
       {"calibrated", config_of({calibrated()})},
@@ -119,6 +128,16 @@ inline std::vector<Family> families() {
       {"no windows", config_of({scheme_of({4, Group::kToken, Mode::kMidRise},
                                           {4, Group::kTokens32, Mode::kMidRise}, 0, 0)})},
   };
+}
+
+inline std::vector<Family> families() {
+  std::vector<Family> all = dense_families();
+  all.push_back({"rotated with outliers", config_of({rotated_with_outliers(2, 1)})});
+  all.push_back({"hybrid keys and asymmetric values with outliers",
+                 config_of({scheme_of({3, Group::kChannels32, Mode::kHybrid, 1},
+                                      {4, Group::kChannels64, Mode::kAsymmetric, 8})},
+                           80)});
+  return all;
 }
 
 inline std::shared_ptr<Cache> cache_of(const CacheConfig& config, int threads = 1) {
@@ -173,7 +192,7 @@ class Recorder {
     const auto* from = static_cast<const std::uint8_t*>(data);
     bytes.insert(bytes.end(), from, from + size);
   }
-  /// Codes, scales and zero points of the first `slots` slots of a tensor.
+  /// Codes, scales, zero points and outliers of the first `slots` slots of a tensor.
   void tensor(const TensorLayout& t, const std::uint8_t* base, const std::vector<Slot>& extents, int slots) {
     const auto half_at = [](const std::uint8_t* from, int index) {
       std::uint16_t bits;
@@ -196,6 +215,10 @@ class Recorder {
           ++zeros;
         }
       }
+      const std::uint8_t* section = base + t.outliers_at();
+      const int last = t.spec.outliers > 0 ? outlier_start(section, t.outliers(), slot + 1) : 0;
+      put(last);
+      for (int i = last - t.spec.outliers; i < last; ++i) put(outlier_at(section, t.outliers(), i));
     }
     put(zeros);
   }

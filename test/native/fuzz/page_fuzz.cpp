@@ -15,7 +15,9 @@ std::vector<TensorSpec> specs(bool value) {
     for (const Group group : {Group::kChannels32, Group::kChannels64, Group::kToken, Group::kTokens32})
       for (const Mode mode : {Mode::kMidRise, Mode::kZeroLevel, Mode::kSignedMax, Mode::kAsymmetric,
                               Mode::kHybrid, Mode::kHybridReleased})
-        if (is_supported({bits, group, mode}, value)) all.push_back({bits, group, mode});
+        for (const int outliers : {0, 3})
+          if (is_supported({bits, group, mode, outliers}, value))
+            all.push_back({bits, group, mode, outliers});
   return all;
 }
 
@@ -37,8 +39,8 @@ class Source {
   std::size_t size_, next_ = 0;
 };
 
-/// Scales and zero points as the reader of saved pages lets them pass: finite. Returns the compact zero
-/// points owned.
+/// Scales, zero points and outliers as the reader of saved pages lets them pass: finite, rows in order.
+/// Returns the compact zero points owned.
 int admit(const TensorLayout& t, std::uint8_t* base, int slots) {
   const auto finite = [&](std::size_t offset) {
     std::uint16_t bits;
@@ -57,6 +59,17 @@ int admit(const TensorLayout& t, std::uint8_t* base, int slots) {
       if (t.spec.dense_zeros()) finite(t.zeros_at() + index);
       if (t.spec.compact_zeros()) zeros += scale >> 15;
     }
+  std::uint8_t* section = base + t.outliers_at();
+  const int count = t.spec.outliers, share = count > 0 ? t.head_dim / count : 0;
+  for (int slot = 0; slot < slots && count > 0; ++slot) {
+    Outlier row[kMaxOutliers];
+    for (int i = 0; i < count; ++i) {
+      const Outlier raw = outlier_at(section, t.outliers(), slot * count + i);
+      row[i] = {i * share + raw.index % share,
+                half_is_finite(raw.value) ? raw.value : static_cast<std::uint16_t>(raw.value & 0xbfff)};
+    }
+    put_outlier_row(section, t.outliers(), slot, slot * count, row, count);
+  }
   return zeros;
 }
 
@@ -90,10 +103,11 @@ void check_outliers(Source& source, int capacity, int rows_used, int row_length)
       always(entry >= 0 && entry < capacity, "entries of valid rows lie within the capacity");
       always(outlier_at(section.data(), layout, entry).index < row_length, "indices lie within the row");
     }
-  if (rows_used == kPageTokens) return;
+  const int first = rows_used > 0 ? outlier_start(section.data(), layout, rows_used) : 0;
+  if (rows_used == kPageTokens || first == capacity) return;
   const Outlier one{row_length - 1, 0x3c00};
-  if (append_outlier_row(section.data(), layout, rows_used, &one, 1, row_length))
-    always(outliers_valid(section.data(), layout, rows_used + 1, row_length), "an appended row is valid");
+  put_outlier_row(section.data(), layout, rows_used, first, &one, 1);
+  always(outliers_valid(section.data(), layout, rows_used + 1, row_length), "an appended row is valid");
 }
 
 const std::shared_ptr<CpuBackend>* backends() {
@@ -121,9 +135,11 @@ std::vector<Bytes> fuzz_seeds() {
     if (style == 0) {  // honest outlier rows at the end of the content
       const OutlierLayout layout{40 + i * 3};
       Bytes section(layout.bytes());
-      for (int row = 0; row < kPageTokens; ++row) {
+      for (int row = 0, first = 0; row < kPageTokens; ++row) {
         const Outlier entries[] = {{row % 20, 0x3c00}, {30 + row % 30, 0xc000}};
-        append_outlier_row(section.data(), layout, row, entries, row % 3, 64);
+        const int count = std::min(row % 3, layout.capacity - first);
+        put_outlier_row(section.data(), layout, row, first, entries, count);
+        first += count;
       }
       seed[6] = static_cast<std::uint8_t>(layout.capacity);
       seed[7] = 1;

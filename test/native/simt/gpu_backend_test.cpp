@@ -64,7 +64,7 @@ bool agree(const std::vector<Job>& cpu, const std::vector<Job>& gpu, int q_token
 
 TEST("pages, windows and statistics have the bits of the CPU backend") {
   const auto schedules = simt::schedules();
-  const auto all = families();
+  const auto all = dense_families();
   for (std::size_t s = 0; s < schedules.size(); ++s) {
     simt::use(schedules[s]);
     for (std::size_t f = s % 4; f < all.size(); f += 4) {  // every family in three schedules
@@ -91,7 +91,7 @@ TEST("pages, windows and statistics have the bits of the CPU backend") {
 }
 
 TEST("attention agrees with the CPU backend to the bound of its arithmetic") {
-  const auto all = families();
+  const auto all = dense_families();
   for (std::size_t f = 0; f < all.size(); f += stride()) {
     const Family& family = all[f];
     const Tokens tokens = tokens_of(family.config, 300, 5);

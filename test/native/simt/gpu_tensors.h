@@ -22,7 +22,7 @@ namespace {
 
 /// Families whose tokens go three different ways into pages, and one for every dtype.
 std::vector<Family> some_families() {
-  std::vector<Family> all = families();
+  std::vector<Family> all = dense_families();
   return {all[0], all[1], all[6]};
 }
 
@@ -38,7 +38,7 @@ TEST("tensors of every type give what arrays give, bit for bit") {
 }
 
 TEST("what is not finite in a tensor is refused by name, and nothing has changed") {
-  for (const Dtype dtype : kDtypes) check_not_finite(gpu_backend(), families()[0], dtype);
+  for (const Dtype dtype : kDtypes) check_not_finite(gpu_backend(), dense_families()[0], dtype);
   CHECK(simt::take_reports().empty());
 }
 
@@ -127,7 +127,7 @@ struct DeviceWorld {
 };
 
 TEST("a decode step on the device copies nothing to the host but what is said of NaN, and takes no memory") {
-  for (const Family& family : {families()[0], families()[6]}) {
+  for (const Family& family : {families()[0], dense_families()[6]}) {
     DeviceWorld known(family, Dtype::kF16, Dtype::kF32), searched(family, Dtype::kF32, Dtype::kBf16);
     for (int token = 0; token < 4; ++token) {  // scratch grows to what a step needs
       known.append_one(token, true);
@@ -172,7 +172,7 @@ TEST("a GPU that refuses its n-th piece of memory leaves everything as it was") 
     int failures = 0, code = 0;
     for (int allowed = 0; code >= 0 && allowed < 100; ++allowed) {
       // A backend of its own, so that its scratch memory is fresh and has to be taken.
-      DeviceWorld world(families()[0], Dtype::kF32, Dtype::kF16, std::make_shared<gpu::GpuBackend>());
+      DeviceWorld world(dense_families()[0], Dtype::kF32, Dtype::kF16, std::make_shared<gpu::GpuBackend>());
       const Bytes before = saved(*world.sequence);
       const std::size_t used = world.cache->pool().used_bytes();
       simt::allocations_left = allowed;
