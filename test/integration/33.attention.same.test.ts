@@ -18,6 +18,7 @@ const families = [
   'rotated 3/3, no sink',
   'InnerQ 2/2 hybrid',
   'signedMax 4/4',
+  'rotated 2/2 with outliers',
 ].map(family);
 
 function cacheOf({ heads }: Treatment, threads = 2, isa = ''): KvCache {

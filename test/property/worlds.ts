@@ -55,6 +55,28 @@ export const worlds: readonly World[] = [
     ],
     memory: 110_000,
   },
+  {
+    name: 'outliers: rotated 2/2, asymmetric 4/3 in short windows',
+    layers: [
+      one(
+        rotatedHeads(2, 2, {
+          key: { bits: 2, group: 'token', mode: 'midRise', outliers: 2 },
+          value: { bits: 2, group: 'token', mode: 'midRise', outliers: 1 },
+          statTokens: 10,
+        })(D),
+      ),
+      [
+        {
+          headDim: D,
+          key: { bits: 4, group: 'channels32', mode: 'asymmetric', outliers: 1 },
+          value: { bits: 3, group: 'channels64', mode: 'signedMax', outliers: 8 },
+          sink: 1,
+          recent: 2,
+        },
+      ],
+    ],
+    memory: 60_000,
+  },
 ];
 
 export function cacheOf({ layers, memory }: World): KvCache {

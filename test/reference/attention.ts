@@ -3,6 +3,7 @@
  * the plain definition, with none of the tricks of the kernels. Source: arXiv 1706.03762; softcap: Gemma 2.
  */
 import { type CachedToken, type ReferenceHead } from './cache';
+import { fromHalfBits } from './half';
 import { groupDecoder } from './quantise';
 import { applyRope, hadamard64 } from './transform';
 import { channelGroups, type TensorSpec } from './types';
@@ -125,21 +126,24 @@ export function meetKey(
   return { query: hadamard ? hadamard64(scaled) : scaled, constant: mu ? dot(relative, mu) : 0 };
 }
 
-/** How one stored tensor of a token decodes, channel by channel: value = scale·(code − offset) + zero. */
+/** How one stored tensor of a token decodes, channel by channel: value = scale·(code − offset) + zero + added. */
 export interface Levels {
   readonly scale: Float64Array;
   readonly code: Float64Array;
   readonly offset: Float64Array;
   readonly zero: Float64Array;
+  /** Of outliers; 0 elsewhere. */
+  readonly added: Float64Array;
 }
 
-/** Scale, code, offset and zero of each channel of a quantised K or V of fewer than 16 bits. */
+/** Scale, code, offset, zero and outlier of each channel of a quantised K or V of fewer than 16 bits. */
 export function levelsOf(stored: CachedToken['key'], spec: TensorSpec, headDim: number): Levels {
   const levels: Levels = {
     scale: new Float64Array(headDim),
     code: new Float64Array(headDim),
     offset: new Float64Array(headDim),
     zero: new Float64Array(headDim),
+    added: new Float64Array(headDim),
   };
   const put = (c: number, code: number, scaleBits: number, zeroBits: number | undefined) => {
     const { scale, offset, zero } = groupDecoder(scaleBits, zeroBits, spec);
@@ -160,6 +164,8 @@ export function levelsOf(stored: CachedToken['key'], spec: TensorSpec, headDim: 
   channelGroups(headDim, spec.group).forEach(({ start, end }, g) => {
     for (let c = start; c < end; c++) put(c, codes[c]!, scaleBits[g]!, zeroBits[g]);
   });
+  for (const { channel, valueBits } of stored.token.outliers ?? [])
+    levels.added[channel] = fromHalfBits(valueBits);
   return levels;
 }
 

@@ -55,3 +55,13 @@ function roundTiesToEven(x: number): number {
   if (rest !== 0.5) return rest < 0.5 ? below : below + 1;
   return below % 2 === 0 ? below : below + 1;
 }
+
+/** Little-endian 16-bit entry `index` of a section. */
+export function putHalf(bytes: Uint8Array, index: number, bits: number): void {
+  bytes[2 * index] = bits & 255;
+  bytes[2 * index + 1] = bits >> 8;
+}
+
+export function getHalf(bytes: Uint8Array, index: number): number {
+  return bytes[2 * index]! | (bytes[2 * index + 1]! << 8);
+}

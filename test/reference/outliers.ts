@@ -1,11 +1,31 @@
-/** Outlier rows of a page in CSR form. Source: docs/format.md section 8. */
-import { getHalf, putHalf } from './pages';
+/** Outliers of a token, and their rows in a page in CSR form. Source: docs/format.md section 8. */
+import { getHalf, putHalf } from './half';
 import { PAGE_TOKENS } from './types';
+
+const { abs, max, min } = Math;
 
 /** One outlier of a row: `valueBits` (binary16) is added to the dense value of `channel`. */
 export interface Outlier {
   readonly channel: number;
   readonly valueBits: number;
+}
+
+/** Where the `count` outliers of a token are, ascending, and what is rounded in its stead. */
+export function takeOutliers(
+  x: Float32Array,
+  count: number,
+  groups: readonly { start: number; end: number }[],
+): { channels: number[]; rest: Float32Array } {
+  const byMagnitude = [...x.keys()].sort((a, b) => abs(x[b]!) - abs(x[a]!) || a - b);
+  const channels = byMagnitude.slice(0, count).sort((a, b) => a - b);
+  const rest = Float32Array.from(x);
+  for (const { start, end } of groups) {
+    const others = [...x.keys()].slice(start, end).filter((c) => !channels.includes(c));
+    const low = others.reduce((a, c) => min(a, x[c]!), Infinity);
+    const high = others.reduce((a, c) => max(a, x[c]!), -Infinity);
+    for (const c of channels) if (c >= start && c < end) rest[c] = min(max(x[c]!, low), high) + 0; // no -0
+  }
+  return { channels, rest };
 }
 
 /** Bytes of one row start. */
@@ -24,13 +44,17 @@ export function outlierBytes(capacity: number): number {
   return Math.ceil((valuesAt(capacity) + 2 * capacity) / 64) * 64;
 }
 
-/** rows [slot], up to 128 of them, each ascending by channel; missing rows are empty. */
-export function encodeOutliers(rows: readonly (readonly Outlier[])[], capacity: number): Uint8Array {
+/** rows [slot], up to 128 of them, each ascending by channel; starts beyond the last row that is there are zero. */
+export function encodeOutliers(
+  rows: readonly (readonly Outlier[] | undefined)[],
+  capacity: number,
+): Uint8Array {
   const bytes = new Uint8Array(outlierBytes(capacity));
   const indices = (PAGE_TOKENS + 1) * startBytes(capacity);
   const values = bytes.subarray(valuesAt(capacity));
   let entry = 0;
-  for (let row = 0; row < PAGE_TOKENS; row++) {
+  const used = rows.findLastIndex((row) => row !== undefined) + 1;
+  for (let row = 0; row < used; row++) {
     putStart(bytes, capacity, row, entry);
     let last = -1;
     for (const { channel, valueBits } of rows[row] ?? []) {
@@ -42,7 +66,7 @@ export function encodeOutliers(rows: readonly (readonly Outlier[])[], capacity: 
       entry++;
     }
   }
-  putStart(bytes, capacity, PAGE_TOKENS, entry);
+  putStart(bytes, capacity, used, entry);
   return bytes;
 }
 

@@ -1,7 +1,9 @@
 /**
  * Page bytes, element by element: where each code lives, where each section begins, how a page is put together.
- * Source: docs/format.md sections 2, 3 and 7.
+ * Source: docs/format.md sections 2, 3, 7 and 8.
  */
+import { putHalf } from './half';
+import { encodeOutliers, outlierBytes, type Outlier } from './outliers';
 import { type QuantisedBlock, type QuantisedToken } from './quantise';
 import { channelGroups, isHybrid, PAGE_TOKENS, SUB_BLOCK_TOKENS, type Bits, type TensorSpec } from './types';
 
@@ -99,9 +101,11 @@ export interface PageOffsets {
   readonly kCodes: Section;
   readonly kScales: Section;
   readonly kZeros: Section;
+  readonly kOutliers: Section;
   readonly vCodes: Section;
   readonly vScales: Section;
   readonly vZeros: Section;
+  readonly vOutliers: Section;
   readonly bytes: number;
 }
 
@@ -121,13 +125,17 @@ export function pageOffsets({ kSpec, vSpec, headDim }: PageSpec): PageOffsets {
   };
   const scaleBytes = (spec: TensorSpec) => 2 * pageScales(spec, headDim);
   const zeroBytes = (spec: TensorSpec) => (spec.mode === 'asymmetric' ? scaleBytes(spec) : 0);
+  const outlierSection = ({ outliers = 0 }: TensorSpec) =>
+    outliers > 0 ? outlierBytes(PAGE_TOKENS * outliers) : 0;
   return {
     kCodes: section(codeBytes(kSpec.bits, keyShape(headDim))),
     kScales: section(scaleBytes(kSpec)),
     kZeros: section(zeroBytes(kSpec)),
+    kOutliers: section(outlierSection(kSpec)),
     vCodes: section(codeBytes(vSpec.bits, valueShape(headDim))),
     vScales: section(scaleBytes(vSpec)),
     vZeros: section(zeroBytes(vSpec)),
+    vOutliers: section(outlierSection(vSpec)),
     bytes: offset,
   };
 }
@@ -170,7 +178,19 @@ export function buildPage(contents: PageContents): BuiltPage {
     vSpec.group === 'tokens32' && vSpec.bits !== 16
       ? writeBlocks(vPlaces, vSpec, vBlocks, headDim, valueAt)
       : writeTokens(vPlaces, vSpec, vTokens, valueAt);
+  writeOutliers(view(at.kOutliers), kSpec, kTokens);
+  writeOutliers(view(at.vOutliers), vSpec, vTokens);
   return { bytes, kZeros, vZeros };
+}
+
+function writeOutliers(
+  bytes: Uint8Array,
+  { outliers = 0 }: TensorSpec,
+  tokens: readonly (QuantisedToken | undefined)[],
+): void {
+  if (outliers === 0) return;
+  const rows = tokens.map((token): readonly Outlier[] | undefined => token?.outliers);
+  bytes.set(encodeOutliers(rows, PAGE_TOKENS * outliers));
 }
 
 interface Places {
@@ -246,14 +266,4 @@ function writeGroup(
   putHalf(places.scales, index, scaleBits);
   if (spec.mode === 'asymmetric') putHalf(places.zeros, index, zeroBits!);
   else if (isHybrid(spec.mode) && zeroBits !== undefined) compact.push(zeroBits);
-}
-
-/** Little-endian 16-bit entry `index` of a section. */
-export function putHalf(bytes: Uint8Array, index: number, bits: number): void {
-  bytes[2 * index] = bits & 255;
-  bytes[2 * index + 1] = bits >> 8;
-}
-
-export function getHalf(bytes: Uint8Array, index: number): number {
-  return bytes[2 * index]! | (bytes[2 * index + 1]! << 8);
 }

@@ -1,9 +1,10 @@
 /**
  * Rounding of groups and tokens to codes and scales, bit for bit.
  * Every operation is IEEE float32: Math.fround after each product, sum and quotient (float64 is wide enough that
- * rounding its result once more equals the float32 operation). Source: docs/format.md, sections 3 and 4.
+ * rounding its result once more equals the float32 operation). Source: docs/format.md, sections 3, 4 and 8.
  */
 import { fromHalfBits, toHalfBits } from './half';
+import { takeOutliers, type Outlier } from './outliers';
 import { channelGroups, isHybrid, SUB_BLOCK_TOKENS, type TensorSpec } from './types';
 
 const f = Math.fround;
@@ -31,6 +32,8 @@ export interface QuantisedToken {
   readonly codes: Uint16Array;
   readonly scaleBits: number[];
   readonly zeroBits: (number | undefined)[];
+  /** Added to what the codes decode to, ascending by channel; only where the spec has outliers. */
+  readonly outliers?: readonly Outlier[];
 }
 
 /** 32 tokens of `tokens32`: codes [slot * headDim + channel], scales and zeros [channel]. */
@@ -141,9 +144,16 @@ export function quantiseToken(
   options: RoundingOptions = {},
 ): QuantisedToken {
   if (spec.bits === 16) return { codes: Uint16Array.from(x, toHalfBits), scaleBits: [], zeroBits: [] };
-  const groups = channelGroups(x.length, spec.group).map(({ start, end }) =>
-    quantiseGroup(x.subarray(start, end), spec, options),
-  );
+  const { outliers = 0 } = spec;
+  const ranges = channelGroups(x.length, spec.group);
+  if (outliers > 0) {
+    const { channels, rest } = takeOutliers(x, outliers, ranges);
+    const token = quantiseToken(rest, { ...spec, outliers: 0 }, options);
+    const decoded = decodeToken(token, spec);
+    const valueOf = (c: number) => toHalfBits(f(f(x[c]! - f(decoded[c]!)) + 0)); // + 0: no -0
+    return { ...token, outliers: channels.map((channel) => ({ channel, valueBits: valueOf(channel) })) };
+  }
+  const groups = ranges.map(({ start, end }) => quantiseGroup(x.subarray(start, end), spec, options));
   return {
     codes: Uint16Array.from(groups.flatMap((group) => [...group.codes])),
     scaleBits: groups.map((group) => group.scaleBits),
@@ -216,6 +226,7 @@ export function decodeToken(token: QuantisedToken, spec: TensorSpec): Float64Arr
       start,
     );
   });
+  for (const { channel, valueBits } of token.outliers ?? []) values[channel]! += fromHalfBits(valueBits);
   return values;
 }
 

@@ -10,6 +10,7 @@
  *   4. Per page of 128 tokens, w_j = p_j·t_j (t the value scale of the token, or 1 when it belongs to the channel) becomes an
  *      integer of step max_page(w)/32639; w meets (code − offset) in exact integer sums. In modes with zero points, value
  *      groups of one token keep w for the bare code, while zero point and offset meet p in float32.
+ *   The outliers of a token, a_c at channel c, meet q' itself and p_j: float32 products, added one after the other.
  *   5. Windows and 16-bit tensors: float32, or tensor cores on q and p in two binary16 parts: each is x = 2^e·(hi + lo) with an error of
  *      at most 2u·|x| + 2^−38·max|x| (lo may be subnormal), products are exact, and a sum grows by 16 products at a time, each cut off
  *      at no more than u times the largest of 17 numbers. Everything else: float32.
@@ -18,17 +19,18 @@
  *
  * Logit of token j, worst case:  |δ_j| <= σ·[ (step/2 + tiny)·Σ|x̂_c|                         rounding of q' (2)
  *     + gamma(20)·Σ q̄_c·|x̂_c|     float32 q': 2 softmax scale, 3 rotation, 1 lam, 8 butterflies, 2 factor, 4 step and quotient
- *     + gamma(12 + groups)·Σ (q̄_c + step)·(s·(code + offset) + |z|)      conversions, scales, sums over groups
- *     + gamma(D + 30)·Σ |R||q|·|mu| ]    + u·(8·(|logit| + max|logit| + 1) + 4·parts)      exponent, exp2 (2 ulp), rescaling
- *   with q̄ = |H|·lam·|R||q|, magnitudes throughout. Window tokens: σ·[gamma(17D/16 + 10)·Σ|q_c||k_c| + 2^−37·max|q|·Σ|k_c|] instead of the first three lines.
- *   With halfOperands: σ·[((1 + h)² − 1)·Σ|q_c||k̂_c| + gamma(17D/16 + 64)·K + 2^−37·max|q|·Σ|k̂_c|], K = Σ q̄_c·(s·(code + offset) + |z|) + Σ |R||q|·|mu|,
+ *     + gamma(12 + groups + o)·Σ (q̄_c + step)·(s·(code + offset) + |z|)      conversions, scales, sums over groups and o outliers
+ *     + gamma(22 + o)·Σ q̄_c·|a_c|      q', the product, sums over outliers and with the dense score
+ *     + gamma(D + 30 + o)·Σ |R||q|·|mu| ]    + u·(8·(|logit| + max|logit| + 1) + 4·parts)      exponent, exp2 (2 ulp), rescaling
+ *   with q̄ = |H|·lam·|R||q|, magnitudes throughout; x̂ is what codes, scales and zero points decode to, without outliers. Window tokens: σ·[gamma(17D/16 + 10)·Σ|q_c||k_c| + 2^−37·max|q|·Σ|k_c|] instead of the first three lines.
+ *   With halfOperands: σ·[((1 + h)² − 1)·Σ|q_c||k̂_c| + gamma(17D/16 + 65)·K + 2^−37·max|q|·Σ|k̂_c|], K = Σ q̄_c·(s·(code + offset) + |z| + |a_c|) + Σ |R||q|·|mu|,
  *   which bounds every intermediate of the dequantised key against q; h alone, and K = Σ|q_c||k_c|, for 16-bit keys.
  *   A softcap is 1-Lipschitz and adds its own 8u·cap.
  * Output: with p̂_j ∝ p_j·e^δ_j,  ô − o = Σ p_j(e^δ_j − 1)(v_j − o) / Σ p_j e^δ_j  because Σ p_j(v_j − o) = 0; hence, channel by channel,
  *   |ô − o| <= Σ p_j(e^|δ_j| − 1)|v_j − o| / Σ p_j e^−|δ_j|      (to first order at most 2·max δ·max|v − o|)
- *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(156 + 2·parts + 17/16·16-bit values)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
+ *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(156 + 2·parts + 17/16·16-bit values + outliers of a channel)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
  *   level = code − offset (code: see 4), or s·(code − offset) + z when the scale belongs to the channel; step_w from the largest p a native run
- *   may have, p·e^max|δ| / Σ p_j e^−|δ_j|; v̄ = s·(code + offset) + |z|. The normaliser is the float32 sum of p, not of w.
+ *   may have, p·e^max|δ| / Σ p_j e^−|δ_j|; v̄ = s·(code + offset) + |z| + |a|. The normaliser is the float32 sum of p, not of w.
  *   With halfOperands ((1 + h)² − 1)·Σ p_j·|v_j| replaces the second term.
  * These are worst cases: every rounding at its limit and all of one sign. `typical` takes the two integer roundings as independent and
  * uniform (standard deviation step/√12), the same q̂ for all tokens added in full: what a correct kernel shows, for reports only.
@@ -98,7 +100,7 @@ export function attentionTolerance(
   const halves = tokens.filter(
     ({ value }) => value.kind === 'window' || head.scheme.value.bits === 16,
   ).length;
-  const chain = gamma(PAGE_TOKENS + 2 * parts + TENSOR_CORE_SUM * halves + 28);
+  const chain = gamma(PAGE_TOKENS + 2 * parts + TENSOR_CORE_SUM * halves + mostOutliers(tokens, dim) + 28);
   const magnitude = valueMagnitude(head, run);
 
   const bound = new Float64Array(dim);
@@ -129,6 +131,14 @@ function numberOfParts(head: ReferenceHead, tokens: readonly CachedToken[]): num
   return new Set(tokens.map(({ position }) => Math.floor(head.tokenIndex(position) / PAGE_TOKENS))).size + 2;
 }
 
+/** Outliers that are added to one channel of the output, at most. */
+function mostOutliers(tokens: readonly CachedToken[], dim: number): number {
+  const counts = new Uint32Array(dim);
+  for (const { value } of tokens)
+    if (value.kind === 'token') for (const { channel } of value.token.outliers ?? []) counts[channel]!++;
+  return counts.reduce((a, b) => max(a, b), 0);
+}
+
 /** Error of q·k̂ before the softmax scale, worst case and standard deviation. */
 function logitError(
   q: ArrayLike<number>,
@@ -142,27 +152,37 @@ function logitError(
   }
   const { mu } = head.keySteps(token.position);
   const { relative, transformed } = queryMagnitudes(q, head, token);
+  const { outliers = 0 } = head.scheme.key;
   const constant = mu
-    ? gamma(dim + 30) * relative.reduce((sum, value, c) => sum + value * abs(mu[c]!), 0)
+    ? gamma(dim + 30 + outliers) * relative.reduce((sum, value, c) => sum + value * abs(mu[c]!), 0)
     : 0;
-  const transforming = gamma(20) * stored.reduce((sum, k, c) => sum + abs(k) * transformed[c]!, 0);
+  const transforming = (dense: Float64Array) =>
+    gamma(20) * dense.reduce((sum, k, c) => sum + abs(k) * transformed[c]!, 0);
   if (head.scheme.key.bits === 16) {
-    return { worst: constant + transforming + halfProducts(stored, transformed), typical: 0 };
+    return { worst: constant + transforming(stored) + halfProducts(stored, transformed), typical: 0 };
   }
 
   const { query } = meetKey(q, head, token);
   const step = query.reduce((a, b) => max(a, abs(b)), 0) / INTEGER_RANGE;
   const levels = levelsOf(token.key, head.scheme.key, dim);
   const groups = channelGroups(dim, head.scheme.key.group).length;
+  const dense = levels.code.map((code, c) => levels.scale[c]! * (code - levels.offset[c]!) + levels.zero[c]!);
   let rounded = 0;
   let scaling = 0;
+  let added = 0;
   for (let c = 0; c < dim; c++) {
-    rounded += (step / 2 + TINY) * abs(stored[c]!);
-    scaling += (transformed[c]! + step) * levelMagnitude(levels, c);
+    rounded += (step / 2 + TINY) * abs(dense[c]!);
+    scaling += (transformed[c]! + step) * denseMagnitude(levels, c);
+    added += transformed[c]! * abs(levels.added[c]!);
   }
-  const norm = Math.hypot(...stored);
+  const norm = Math.hypot(...dense);
   return {
-    worst: rounded + transforming + gamma(12 + groups) * scaling + constant,
+    worst:
+      rounded +
+      transforming(dense) +
+      gamma(12 + groups + outliers) * scaling +
+      gamma(22 + outliers) * added +
+      constant,
     typical: (step / Math.sqrt(12)) * norm,
   };
 }
@@ -186,7 +206,7 @@ function halfLogitError(
     transformed.reduce((sum, x, c) => sum + x * levelMagnitude(levels, c), 0) +
     (mu ? relative.reduce((sum, x, c) => sum + x * abs(mu[c]!), 0) : 0);
   return {
-    worst: TWO_HALVES * products + gamma(54) * magnitude + halfProducts(key, sizes),
+    worst: TWO_HALVES * products + gamma(55) * magnitude + halfProducts(key, sizes),
     typical: Math.SQRT2 * typical,
   };
 }
@@ -255,8 +275,12 @@ function independentHadamard(variance: Float64Array): Float64Array {
   return out;
 }
 
-function levelMagnitude({ scale, code, offset, zero }: ReturnType<typeof levelsOf>, c: number): number {
+function denseMagnitude({ scale, code, offset, zero }: ReturnType<typeof levelsOf>, c: number): number {
   return abs(scale[c]!) * (code[c]! + offset[c]!) + abs(zero[c]!);
+}
+
+function levelMagnitude(levels: ReturnType<typeof levelsOf>, c: number): number {
+  return denseMagnitude(levels, c) + abs(levels.added[c]!);
 }
 
 /** True if a value scale belongs to the token and is folded into its probability. */

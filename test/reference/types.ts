@@ -14,6 +14,8 @@ export interface TensorSpec {
   readonly bits: Bits;
   readonly group: Group;
   readonly mode: Mode;
+  /** Numbers of each token that are kept apart, 0 to 8; docs/format.md section 8. */
+  readonly outliers?: number;
 }
 
 /** Tokens of a page and of a V sub-block (`tokens32`). */

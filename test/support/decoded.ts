@@ -1,9 +1,12 @@
 /**
  * Stored tokens decoded in float32, one rounding per operation: what readBack() returns. The order of operations is that of
- * docs/format.md sections 3 and 5, backwards: s·c, + z; then H, ·lam, + mu, and the rotation by +P.
+ * docs/format.md sections 3, 5 and 8, backwards: s·c, + z, + outliers; then H, ·lam, + mu, and the rotation by +P.
  */
-import { type CachedToken, type ReferenceHead } from '../reference/cache';
+import { type CachedToken, type ReferenceHead, type Stored } from '../reference/cache';
+import { fromHalfBits } from '../reference/half';
+import { decodeToken } from '../reference/quantise';
 import { hadamard32, pairChannels, type KeySteps, type Rope } from '../reference/transform';
+import { type TensorSpec } from '../reference/types';
 
 const f = Math.fround;
 
@@ -23,14 +26,23 @@ export function decodedToken(head: ReferenceHead, token: CachedToken): Decoded {
   return decoded;
 }
 
-function decodedKey(head: ReferenceHead, token: CachedToken): Float32Array {
+/** `exact`: everything that is stored, in float64. */
+function stored32(exact: Float64Array, stored: Stored, spec: TensorSpec): Float32Array {
   // s·c is exact in float32, so that rounding the float64 value once gives what float32 gives.
-  const stored = Float32Array.from(head.storedKey(token));
+  if (stored.kind !== 'token' || !stored.token.outliers) return Float32Array.from(exact);
+  const { outliers, ...dense } = stored.token;
+  const x = Float32Array.from(decodeToken(dense, spec));
+  for (const { channel, valueBits } of outliers) x[channel]! += fromHalfBits(valueBits);
+  return x;
+}
+
+function decodedKey(head: ReferenceHead, token: CachedToken): Float32Array {
+  const stored = stored32(head.storedKey(token), token.key, head.scheme.key);
   return token.key.kind === 'window' ? stored : restoreKey32(stored, head.keySteps(token.position));
 }
 
 function decodedValue(head: ReferenceHead, token: CachedToken): Float32Array {
-  const stored = Float32Array.from(head.storedValue(token));
+  const stored = stored32(head.storedValue(token), token.value, head.scheme.value);
   return token.value.kind !== 'window' && head.valuesRotate() ? hadamard32(stored) : stored;
 }
 

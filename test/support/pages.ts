@@ -1,6 +1,8 @@
 /** Page bytes of native code against the reference's: equal, or where they first differ. */
 import { type ReferenceHead } from '../reference/cache';
-import { buildPage, getCode, getHalf, keyShape, pageOffsets, valueShape } from '../reference/pages';
+import { getHalf } from '../reference/half';
+import { decodeOutliers } from '../reference/outliers';
+import { buildPage, getCode, keyShape, pageOffsets, valueShape } from '../reference/pages';
 import { type BuiltPage, type PageSpec } from '../reference/pages';
 import { PAGE_TOKENS } from '../reference/types';
 
@@ -48,13 +50,17 @@ function zeroDifference(
 function firstDifference(native: Uint8Array, expected: Uint8Array, spec: PageSpec): string {
   const at = native.findIndex((byte, i) => byte !== expected[i]);
   const offsets = pageOffsets(spec);
-  const names = ['kCodes', 'kScales', 'kZeros', 'vCodes', 'vScales', 'vZeros'] as const;
+  const names = [
+    ...(['kCodes', 'kScales', 'kZeros', 'kOutliers'] as const),
+    ...(['vCodes', 'vScales', 'vZeros', 'vOutliers'] as const),
+  ] as const;
   for (const name of names) {
     const section = offsets[name];
     if (at < section.offset || at >= section.offset + section.length) continue;
     const [mine, theirs] = [native, expected].map((bytes) =>
       bytes.subarray(section.offset, section.offset + section.length),
     ) as [Uint8Array, Uint8Array];
+    if (name.endsWith('Outliers')) return outlierDifference(name, mine, theirs, spec);
     return name.endsWith('Codes')
       ? codeDifference(name, mine, theirs, spec)
       : scaleDifference(name, mine, theirs, spec);
@@ -78,6 +84,17 @@ function codeDifference(name: Name, native: Uint8Array, expected: Uint8Array, sp
       if (mine !== theirs) return `${name}: slot ${slot}, channel ${channel}: code ${mine}, not ${theirs}`;
     }
   return `${name}: bytes differ but no code does`;
+}
+
+function outlierDifference(name: Name, native: Uint8Array, expected: Uint8Array, spec: PageSpec): string {
+  const { outliers = 0 } = name.startsWith('k') ? spec.kSpec : spec.vSpec;
+  const [mine, theirs] = [native, expected].map((bytes) => {
+    const rows = decodeOutliers(bytes, PAGE_TOKENS * outliers);
+    return rows.map((row) => row.map((o) => `${o.channel}: 0x${o.valueBits.toString(16)}`).join(', '));
+  }) as [string[], string[]];
+  const slot = mine.findIndex((row, i) => row !== theirs[i]);
+  if (slot < 0) return `${name}: bytes differ but no row does`;
+  return `${name}: slot ${slot}: ${mine[slot]}, not ${theirs[slot]}`;
 }
 
 function scaleDifference(name: Name, native: Uint8Array, expected: Uint8Array, spec: PageSpec): string {

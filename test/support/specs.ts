@@ -22,8 +22,8 @@ export function specPairs(): { key: TensorSpec; value: TensorSpec }[] {
   return values.map((value, i) => ({ key: keys[(7 * i + 3) % keys.length]!, value }));
 }
 
-export function specName({ bits, group, mode }: TensorSpec): string {
-  return bits === 16 ? '16' : `${bits}/${group}/${mode}`;
+export function specName({ bits, group, mode, outliers = 0 }: TensorSpec): string {
+  return bits === 16 ? '16' : `${bits}/${group}/${mode}${outliers > 0 ? ` + ${outliers}` : ''}`;
 }
 
 /** Lists of values, one list per dimension. */

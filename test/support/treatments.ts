@@ -123,6 +123,37 @@ export function rotatedHeads(
   });
 }
 
+const keeping = (spec: TensorSpec, outliers: number): TensorSpec => ({ ...spec, outliers });
+
+/** Outliers behind everything that comes before rounding. */
+const outlierTreatments: readonly Treatment[] = [
+  {
+    name: 'rotated 2/2 with outliers',
+    heads: rotatedHeads(2, 2, { key: keeping(perToken(2), 3), value: keeping(perToken(2), 1) }),
+  },
+  {
+    name: 'normalised keys by channels, asymmetric values, with outliers',
+    heads: given(
+      {
+        key: keeping(byChannels(3, 'hybrid', 64), 8),
+        value: keeping(byChannels(4, 'asymmetric'), 2),
+        sink: 2,
+        recent: 0,
+      },
+      { mean: true, lam: true },
+    ),
+  },
+  {
+    name: 'calibrated without feedback, with outliers',
+    heads: (headDim) =>
+      calibratedHeads(4, 3, 'half', {
+        key: keeping(perToken(4), 1),
+        value: keeping(perToken(3), 4),
+        keyRounding: { clipRatios: RATIOS, unbiased: true },
+      })(headDim).map(({ feedback: _, ...head }) => head),
+  },
+];
+
 /** Treatments whose stored bits are compared. */
 export const bitTreatments: readonly Treatment[] = [
   { name: 'calibrated 2/2, half', heads: calibratedHeads(2, 2, 'half') },
@@ -202,6 +233,7 @@ export const bitTreatments: readonly Treatment[] = [
       statTokens: 120,
     }),
   },
+  ...outlierTreatments,
 ];
 
 const RAW: TensorSpec = { bits: 16, group: 'token', mode: 'midRise' };
@@ -274,4 +306,5 @@ export const attentionFamilies: readonly Treatment[] = [
       { mean: true, lam: true },
     ),
   },
+  ...outlierTreatments,
 ];

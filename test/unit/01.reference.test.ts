@@ -1,9 +1,16 @@
 /** The reference tests itself: bits, rounding, transforms, pages. Nothing of the project is imported. */
-import { fromHalfBits, MIN_HALF, roundToHalf, toHalfBits, toHalfBitsIeee } from '../reference/half';
-import { decodeOutliers, encodeOutliers, outlierBytes } from '../reference/outliers';
-import { buildPage, codeBytes, getCode, getHalf, keyShape, pageOffsets } from '../reference/pages';
+import { fromHalfBits, getHalf, MIN_HALF, roundToHalf, toHalfBits, toHalfBitsIeee } from '../reference/half';
+import { decodeOutliers, encodeOutliers, outlierBytes, takeOutliers } from '../reference/outliers';
+import { buildPage, codeBytes, getCode, keyShape, pageOffsets } from '../reference/pages';
 import { putCode, valueShape } from '../reference/pages';
-import { decodeGroup, quantiseBlock, quantiseGroup, quantiseToken, sum32 } from '../reference/quantise';
+import {
+  decodeGroup,
+  decodeToken,
+  quantiseBlock,
+  quantiseGroup,
+  quantiseToken,
+  sum32,
+} from '../reference/quantise';
 import { applyRope, hadamard32, hadamard64, hadamardBlocks, normalise32 } from '../reference/transform';
 import {
   reciprocal32,
@@ -320,6 +327,49 @@ describe('pages', () => {
     expect(page.bytes.length).toBe(2 * 128 * 64 * 2);
     expect(getHalf(page.bytes, 100 * 64 + 63)).toBe(tokens[100]!.codes[63]);
     expect(page.bytes.subarray(0, 16384)).toEqual(page.bytes.subarray(16384));
+  });
+
+  test('outliers are the largest of a token, ties to the lower channel, drawn into the range of their group', () => {
+    const x = new Float32Array(64);
+    [x[3], x[10], x[20], x[30], x[40], x[50]] = [5, -5, 4, -1, 5, 0.5];
+    const whole = [{ start: 0, end: 64 }];
+    const halves = [
+      { start: 0, end: 32 },
+      { start: 32, end: 64 },
+    ];
+    const taken = (count: number, groups: typeof whole) => {
+      const { channels, rest } = takeOutliers(x, count, groups);
+      return [channels, [3, 10, 20, 30, 40, 50].map((c) => rest[c])];
+    };
+    expect(taken(1, whole)).toEqual([[3], [5, -5, 4, -1, 5, 0.5]]); // a tie: clamping does nothing
+    expect(taken(2, whole)).toEqual([
+      [3, 10],
+      [5, -1, 4, -1, 5, 0.5],
+    ]);
+    expect(taken(3, halves)).toEqual([
+      [3, 10, 40],
+      [4, -1, 4, -1, 0.5, 0.5],
+    ]);
+    const zeros = takeOutliers(new Float32Array(64).fill(-0), 3, whole);
+    expect(zeros.channels).toEqual([0, 1, 2]);
+    expect([...zeros.rest.subarray(0, 4)].map((zero) => Object.is(zero, -0))).toEqual([
+      ...[false, false, false],
+      true,
+    ]);
+  });
+
+  test.each(['midRise', 'asymmetric', 'hybrid'] as const)('outliers come back nearly whole: %s', (mode) => {
+    const x = new Random(5).gaussians(128);
+    [x[7], x[90]] = [40, -31];
+    const spec: TensorSpec = { bits: 2, group: 'channels32', mode, outliers: 2 };
+    const token = quantiseToken(x, spec);
+    expect(token.outliers!.map(({ channel }) => channel)).toEqual([7, 90]);
+    const values = decodeToken(token, spec);
+    for (const c of [7, 90])
+      expect(Math.abs(values[c]! - x[c]!)).toBeLessThanOrEqual(2 ** -11 * Math.abs(x[c]!));
+    const { outliers: _, ...dense } = spec;
+    const error = (decoded: Float64Array) => decoded.reduce((sum, value, c) => sum + (value - x[c]!) ** 2, 0);
+    expect(error(values)).toBeLessThan(error(decodeToken(quantiseToken(x, dense), dense)));
   });
 
   test.each([0, 1, 255, 256, 700])('outlier rows come back: capacity %i', (capacity) => {
