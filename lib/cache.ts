@@ -107,8 +107,8 @@ export class KvCache extends Owned<NativeCache> {
       checkInteger(options.tokens, 0, 2 ** 30, 'tokens'),
       sequences,
     );
-    const totalBytes =
-      parts.windowBytes + parts.codeBytes + parts.scaleBytes + parts.zeroBytes + parts.paddingBytes;
+    const { windowBytes, codeBytes, scaleBytes, zeroBytes, outlierBytes, paddingBytes } = parts;
+    const totalBytes = windowBytes + codeBytes + scaleBytes + zeroBytes + outlierBytes + paddingBytes;
     return { ...parts, totalBytes };
   }
 

@@ -20,7 +20,8 @@ export type Calibrations = ReadonlyMap<string, Moments>;
 export const schemeNotes = [
   `Schemes: ${builtinSchemes.map(({ name }) => name).join(', ')};`,
   'also any rotated-kXvY, calibrated-kXvY, innerq-kXvY-symmetric (or -asymmetric, -hybrid), and prompt-kXvY, which is',
-  'calibrated on the first 512 tokens of each window. Behind a name, in this order:',
+  'calibrated on the first 512 tokens of each window. kXoN or vXoN keeps the N largest numbers of each key or value apart:',
+  'rotated-k2o1v2. Behind a name, in this order:',
   '  -no-PART         leaves a part out: mean, rotation, clip, unbiased, and of calibrated lambda, feedback, blocks',
   '  :NAME            calibrated on the file of --calibration NAME=FILE instead of the first one',
   '  [0-1=q8,29=fp16] stores these layers otherwise',

@@ -7,7 +7,7 @@ import { versions } from './version';
 
 interface Row {
   readonly scheme: string;
-  /** Codes, scales and dense zero points per number, without windows. */
+  /** Codes, scales, dense zero points and outliers per number, without windows. */
   readonly bitsPerValue: number;
   /** Everything per number. */
   readonly bitsPerValueInAll: number;
@@ -15,6 +15,7 @@ interface Row {
   readonly codeBytes: number;
   readonly scaleBytes: number;
   readonly zeroBytes: number;
+  readonly outlierBytes: number;
   readonly paddingBytes: number;
   /** Bases of calibrated schemes: once per cache, whatever the number of sequences. */
   readonly basisBytes: number;
@@ -72,13 +73,22 @@ export const estimate: Command = {
       const { headDim } = shape;
       const based = name.startsWith('calibrated-') && scheme.key.bits !== 16;
       const basisBytes = based ? 4 * shape.layers * shape.kvHeads * (2 * headDim ** 2 + 4 * headDim) : 0;
-      const { windowBytes, codeBytes, scaleBytes, zeroBytes, paddingBytes } = parts;
-      const totalBytes = windowBytes + codeBytes + scaleBytes + zeroBytes + paddingBytes + basisBytes;
+      const { windowBytes, codeBytes, scaleBytes, zeroBytes, outlierBytes, paddingBytes } = parts;
+      const totalBytes = parts.totalBytes + basisBytes;
       return {
         scheme: name,
         bitsPerValue: scheme.bitsPerValue(headDim),
         bitsPerValueInAll: (8 * totalBytes) / numbers,
-        ...{ windowBytes, codeBytes, scaleBytes, zeroBytes, paddingBytes, basisBytes, totalBytes },
+        ...{
+          windowBytes,
+          codeBytes,
+          scaleBytes,
+          zeroBytes,
+          outlierBytes,
+          paddingBytes,
+          basisBytes,
+          totalBytes,
+        },
         saving: fp16Bytes / totalBytes,
       };
     });
@@ -99,6 +109,7 @@ function print(rows: readonly Row[], fp16Bytes: number): void {
     'codes',
     'scales',
     'zeros',
+    'outliers',
     'windows',
     'bases',
     'padding',
@@ -110,9 +121,8 @@ function print(rows: readonly Row[], fp16Bytes: number): void {
     row.scheme,
     row.bitsPerValue.toFixed(3),
     row.bitsPerValueInAll.toFixed(3),
-    ...[row.codeBytes, row.scaleBytes, row.zeroBytes, row.windowBytes, row.basisBytes, row.paddingBytes].map(
-      bytes,
-    ),
+    ...[row.codeBytes, row.scaleBytes, row.zeroBytes, row.outlierBytes].map(bytes),
+    ...[row.windowBytes, row.basisBytes, row.paddingBytes].map(bytes),
     bytes(row.totalBytes),
     `${row.saving.toFixed(2)} x`,
   ]);

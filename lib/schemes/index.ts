@@ -10,6 +10,10 @@ import { type Bits, type CacheShape, type HeadBasis, type LayerScheme, type Tens
 export interface BitsOptions {
   readonly keyBits: 2 | 3 | 4 | 8 | 16;
   readonly valueBits: 1 | 2 | 3 | 4 | 8 | 16;
+  /** Largest numbers of each key that are kept apart, 0 (default) to 8; not with error feedback. */
+  readonly keyOutliers?: number;
+  /** The same of each value. */
+  readonly valueOutliers?: number;
 }
 
 export type ValueMode = 'symmetric' | 'asymmetric' | 'hybrid';
@@ -19,6 +23,8 @@ export interface InnerqOptions {
   readonly preset?: 'base' | 'small' | 'hybrid';
   readonly keyBits?: 2 | 3 | 4 | 8 | 16;
   readonly valueBits?: 2 | 3 | 4 | 8 | 16;
+  /** Largest numbers of each key that are kept apart, 0 (default) to 8. */
+  readonly keyOutliers?: number;
   readonly keyMode?: ValueMode;
   readonly valueMode?: ValueMode;
   /** Channels of a key that share a scale. Values share it over 32 tokens. */
@@ -60,6 +66,7 @@ export interface CalibratedOptions extends BitsOptions {
   readonly without?: readonly CalibratedPart[];
 }
 
+const SIZES = ['keyBits', 'valueBits', 'keyOutliers', 'valueOutliers'] as const;
 const KEY_BITS = [2, 3, 4, 8, 16] as const;
 const VALUE_BITS = [1, 2, 3, 4, 8, 16] as const;
 const MODES = { symmetric: 'zeroLevel', asymmetric: 'asymmetric', hybrid: 'hybrid' } as const;
@@ -69,14 +76,30 @@ const INNERQ = {
   hybrid: { keyBits: 3, valueBits: 2, valueMode: 'hybrid' },
 } as const;
 
-function perToken(bits: Bits): TensorSpec {
-  return bits === 16 ? RAW : { bits, group: 'token', mode: 'midRise' };
+function withOutliers(spec: TensorSpec, outliers: number): TensorSpec {
+  return outliers > 0 ? { ...spec, outliers } : spec;
 }
 
-function bitsOf(scheme: string, options: BitsOptions): BitsOptions {
+function perToken(bits: Bits, outliers: number): TensorSpec {
+  return withOutliers(bits === 16 ? RAW : { bits, group: 'token', mode: 'midRise' }, outliers);
+}
+
+function outliersOf(given: unknown, what: string): number {
+  return integerIn(given ?? 0, 0, 8, what);
+}
+
+/** As in scheme names: "k2o1v2" for 2-bit keys with one outlier a token and 2-bit values. */
+function sizesOf(keyBits: number, keyOutliers: number, valueBits: number, valueOutliers = 0): string {
+  const size = (bits: number, outliers: number) => `${bits}${outliers > 0 ? `o${outliers}` : ''}`;
+  return `k${size(keyBits, keyOutliers)}v${size(valueBits, valueOutliers)}`;
+}
+
+function bitsOf(scheme: string, options: BitsOptions): Required<BitsOptions> {
   return {
     keyBits: oneOf(options.keyBits, KEY_BITS, `keyBits of schemes.${scheme}`),
     valueBits: oneOf(options.valueBits, VALUE_BITS, `valueBits of schemes.${scheme}`),
+    keyOutliers: outliersOf(options.keyOutliers, `keyOutliers of schemes.${scheme}`),
+    valueOutliers: outliersOf(options.valueOutliers, `valueOutliers of schemes.${scheme}`),
   };
 }
 
@@ -121,6 +144,7 @@ function innerq(options: InnerqOptions = {}): DescribedScheme {
     'preset',
     'keyBits',
     'valueBits',
+    'keyOutliers',
     'keyMode',
     'valueMode',
     'group',
@@ -140,7 +164,11 @@ function innerq(options: InnerqOptions = {}): DescribedScheme {
     return { bits, group: shared, mode: released && stored === 'hybrid' ? 'hybridReleased' : stored };
   };
   const channels = oneOf(group, [32, 64] as const, 'group');
-  const key = spec(oneOf(keyBits, KEY_BITS, 'keyBits of schemes.innerq'), keyMode, `channels${channels}`);
+  const keyOutliers = outliersOf(options.keyOutliers, 'keyOutliers of schemes.innerq');
+  const key = withOutliers(
+    spec(oneOf(keyBits, KEY_BITS, 'keyBits of schemes.innerq'), keyMode, `channels${channels}`),
+    keyOutliers,
+  );
   const value = spec(oneOf(valueBits, KEY_BITS, 'valueBits of schemes.innerq'), valueMode, 'tokens32');
   const tokens = integerIn(statTokens, 1, 65536, 'statTokens');
   const normalised = oneOf(keyNormalisation, [true, false], 'keyNormalisation') && keyBits !== 16;
@@ -149,7 +177,7 @@ function innerq(options: InnerqOptions = {}): DescribedScheme {
     (name) => !['preset', 'compat', 'releasedWindows'].includes(name),
   );
   const plain = changed
-    ? `innerq-k${keyBits}v${valueBits}-${valueMode}${keyNormalisation ? '' : '-no-lambda'}`
+    ? `innerq-${sizesOf(keyBits, keyOutliers, valueBits)}-${valueMode}${keyNormalisation ? '' : '-no-lambda'}`
     : `innerq-${preset}`;
   const name = `${plain}${released ? '-released' : ''}`;
   const summary =
@@ -163,8 +191,8 @@ function innerq(options: InnerqOptions = {}): DescribedScheme {
 }
 
 function rotated(options: RotatedOptions): DescribedScheme {
-  checkOptions('rotated', options, ['keyBits', 'valueBits', 'statTokens', 'unbiasedKeys', 'without']);
-  const { keyBits, valueBits } = bitsOf('rotated', options);
+  checkOptions('rotated', options, [...SIZES, 'statTokens', 'unbiasedKeys', 'without']);
+  const { keyBits, valueBits, keyOutliers, valueOutliers } = bitsOf('rotated', options);
   const statTokens = integerIn(options.statTokens ?? 128, 1, 65536, 'statTokens');
   const unbiasedK = oneOf(options.unbiasedKeys ?? false, [true, false], 'unbiasedKeys');
   const without = partsWithout('rotated', options.without, ROTATED_PARTS);
@@ -177,18 +205,18 @@ function rotated(options: RotatedOptions): DescribedScheme {
     clipK: without.has('clip') ? [] : clipRatios(keyBits),
   };
   return new Preset(
-    `rotated-k${keyBits}v${valueBits}${suffixOf(without)}`,
+    `rotated-${sizesOf(keyBits, keyOutliers, valueBits, valueOutliers)}${suffixOf(without)}`,
     `${keyBits}-bit keys and ${valueBits}-bit values in a Hadamard basis, a scale per token, no calibration`,
-    perToken(keyBits),
-    perToken(valueBits),
+    perToken(keyBits, keyOutliers),
+    perToken(valueBits, valueOutliers),
     () => ({ ...(keyBits === 16 ? {} : keys), ...rotatedValues(valueBits, without) }),
   );
 }
 
 /** `source`: a file of calibration moments, or moments in memory. */
 function calibrated(source: string | Moments, options: CalibratedOptions): DescribedScheme {
-  checkOptions('calibrated', options, ['keyBits', 'valueBits', 'blockTokens', 'context', 'without']);
-  const { keyBits, valueBits } = bitsOf('calibrated', options);
+  checkOptions('calibrated', options, [...SIZES, 'blockTokens', 'context', 'without']);
+  const { keyBits, valueBits, keyOutliers, valueOutliers } = bitsOf('calibrated', options);
   const without = partsWithout('calibrated', options.without, CALIBRATED_PARTS);
   const size = integerIn(options.blockTokens ?? 128, 128, 2 ** 24, 'blockTokens');
   if (size % 128 !== 0) throw invalid(`blockTokens must be a multiple of 128, not ${size}.`);
@@ -206,10 +234,10 @@ function calibrated(source: string | Moments, options: CalibratedOptions): Descr
     clipK: without.has('clip') ? [1] : clipRatios(keyBits),
   };
   return new Preset(
-    `calibrated-k${keyBits}v${valueBits}${suffixOf(without)}`,
+    `calibrated-${sizesOf(keyBits, keyOutliers, valueBits, valueOutliers)}${suffixOf(without)}`,
     `${keyBits}-bit block-relative keys in a half-whitened Hadamard basis with error feedback, ${valueBits}-bit values`,
-    perToken(keyBits),
-    perToken(valueBits),
+    perToken(keyBits, keyOutliers),
+    perToken(valueBits, valueOutliers),
     (layer, shape) => ({
       ...(keyBits === 16 ? {} : { ...keys, basis: bases.of(layer, shape) }),
       ...rotatedValues(valueBits, without),
@@ -325,17 +353,23 @@ export const builtinSchemes: readonly BuiltinScheme[] = [
 
 /**
  * A built-in scheme, or any `rotated-kXvY`, `calibrated-kXvY` or `innerq-kXvY-symmetric` (`-asymmetric`, `-hybrid`) by name.
- * `-no-PART` leaves a part out: `calibrated-k2v2-no-feedback`. `2bit`, `3bit` and `4bit` are the presets.
+ * `-no-PART` leaves a part out: `calibrated-k2v2-no-feedback`; `rotated-k2o1v2` keeps the largest number of each key apart.
+ * `2bit`, `3bit` and `4bit` are the presets.
  */
 export function schemeNamed(name: string, moments?: string | Moments): DescribedScheme {
   const known = builtinSchemes.find((scheme) => scheme.name === name);
   if (known) return known.create(moments);
   const [, size] = /^([234])bit$/.exec(name) ?? [];
   if (size !== undefined) return preset(Number(size) as 2 | 3 | 4, moments);
-  const [, family, keyBits, valueBits, rest = ''] =
-    /^(rotated|calibrated|innerq)-k(\d+)v(\d+)((?:-[a-z]+)*)$/.exec(name) ?? [];
+  const [, family, keyBits, keyOutliers, valueBits, valueOutliers, rest = ''] =
+    /^(rotated|calibrated|innerq)-k(\d+)(?:o([1-8]))?v(\d+)(?:o([1-8]))?((?:-[a-z]+)*)$/.exec(name) ?? [];
   if (family === undefined) throw unknownScheme(name);
-  const bits = { keyBits: Number(keyBits), valueBits: Number(valueBits) } as BitsOptions;
+  const bits = {
+    keyBits: Number(keyBits),
+    valueBits: Number(valueBits),
+    ...(keyOutliers !== undefined && { keyOutliers: Number(keyOutliers) }),
+    ...(valueOutliers !== undefined && { valueOutliers: Number(valueOutliers) }),
+  } as BitsOptions;
   if (family === 'innerq') return innerqNamed(name, bits, rest);
   const without = [...rest.matchAll(/-no-([a-z]+)/g)].map(([, part]) => part!);
   if (suffixOf(new Set(without)) !== rest) throw unknownScheme(name);

@@ -16,7 +16,7 @@ export interface DescribedScheme extends Scheme {
   /** One sentence for tables and help texts. */
   describe(): string;
   /**
-   * Stored bits per number, keys and values averaged: codes, scales and zero points, without 16-bit windows. For hybrid
+   * Stored bits per number, keys and values averaged: codes, scales, zero points and outliers, without 16-bit windows. For hybrid
    * schemes the zero points depend on the data and are not counted; the statistics of a cache count them.
    */
   bitsPerValue(headDim: number): number;
@@ -52,16 +52,18 @@ export function plainLayer(k: TensorSpec, v: TensorSpec, { sink, recent }: Windo
   };
 }
 
-/** Bits per number of one tensor, without data-dependent zero points. docs/format.md section 3. */
+/** Bits per number of one tensor, without data-dependent zero points. docs/format.md sections 3 and 8. */
 export function tensorBits(spec: TensorSpec, headDim: number): number {
   if (spec.bits === 16) return 16;
+  const { outliers = 0 } = spec;
+  const rowBytes = outliers === 0 ? 0 : (129 * (outliers > 1 ? 2 : 1)) / 128 + 3 * outliers;
   const scales = {
     channels32: Math.ceil(headDim / 32) / headDim,
     channels64: Math.ceil(headDim / 64) / headDim,
     token: 1 / headDim,
     tokens32: 1 / 32,
   }[spec.group];
-  return spec.bits + 16 * scales * (spec.mode === 'asymmetric' ? 2 : 1);
+  return spec.bits + 16 * scales * (spec.mode === 'asymmetric' ? 2 : 1) + (8 * rowBytes) / headDim;
 }
 
 export class Preset implements DescribedScheme {

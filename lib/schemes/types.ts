@@ -15,6 +15,11 @@ export interface TensorSpec {
   readonly bits: Bits;
   readonly group: GroupName;
   readonly mode: ModeName;
+  /**
+   * Largest numbers of each token that are kept apart, sparse, 0 (default) to 8: about 24 bits each. Any format of fewer
+   * than 16 bits may have them but `tokens32`; keys that are rounded with error feedback may not. docs/format.md section 8.
+   */
+  readonly outliers?: number;
 }
 
 /** Change of basis of one KV head's keys. Absent parts are steps left out; D = headDim. */

@@ -155,18 +155,35 @@ test('calls may be queued without waiting: logits are as long as the tokens that
   cache.dispose();
 });
 
-test('the estimate, the plan and the statistics agree with what is held', () => {
-  const cache = cacheOf();
+test.each([
+  { keyOutliers: 0, valueOutliers: 0 },
+  { keyOutliers: 1, valueOutliers: 3 },
+])('the estimate, the plan and the statistics agree with what is held: %j', (outliers) => {
+  const scheme = schemes.rotated({ keyBits: 4, valueBits: 4, ...outliers });
+  const cache = cacheOf(scheme);
   expect(cache.stats().usedBytes).toBe(0);
   const { seq } = filled(cache, 128 + 256);
   const estimate = KvCache.estimate({
     ...shape,
-    scheme: schemes.rotated({ keyBits: 4, valueBits: 4 }),
+    scheme,
     tokens: 128 + 256,
   });
   expect(cache.stats()).toMatchObject({ usedBytes: estimate.totalBytes, sequences: 1 });
-  expect(estimate.bitsPerValue).toBeCloseTo(4.25, 10);
-  expect(cache.plan()[1]).toMatchObject({ keyBitsPerValue: 4.25, valueBitsPerValue: 4.25, layer: 1 });
+  const { windowBytes, codeBytes, scaleBytes, zeroBytes, outlierBytes, paddingBytes } = estimate;
+  expect(windowBytes + codeBytes + scaleBytes + zeroBytes + outlierBytes + paddingBytes).toBe(
+    estimate.totalBytes,
+  );
+  const [key, value] = outliers.keyOutliers
+    ? [(129 + 384) / 128 / 8, (258 + 3 * 384) / 128 / 8] // bits a number: bytes of a page's rows over its 128 tokens
+    : [0, 0];
+  expect(outlierBytes).toBe((128 / 8) * 64 * (key + value) * 2 * 2 * 2); // pages of two layers and two heads
+  expect(estimate.bitsPerValue).toBeCloseTo(4.25 + (key + value) / 2, 10);
+  expect(scheme.bitsPerValue(64)).toBeCloseTo(estimate.bitsPerValue, 10);
+  expect(cache.plan()[1]).toMatchObject({
+    keyBitsPerValue: 4.25 + key,
+    valueBitsPerValue: 4.25 + value,
+    layer: 1,
+  });
   seq.dispose();
   expect(cache.stats()).toMatchObject({ usedBytes: 0, sequences: 0 });
   cache.dispose();

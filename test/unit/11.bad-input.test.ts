@@ -8,6 +8,7 @@ import {
   type Backend,
   type Sequence,
 } from '../../lib';
+import { schemeNamed } from '../../lib/schemes';
 import { Random } from '../support/random';
 
 const shape = { layers: 1, queryHeads: 4, kvHeads: 2, headDim: 64 };
@@ -173,12 +174,75 @@ test.each<[string, string, object]>([
   );
 });
 
-test('every flipped byte and every cut of a saved sequence is rejected or harmless', () => {
+const perToken = { bits: 2, group: 'token', mode: 'midRise' } as const;
+const UNSUPPORTED = 'ERR_INNERKV_UNSUPPORTED';
+test.each<[string, string, RegExp, object]>([
+  [
+    'nine outliers',
+    INVALID,
+    /outliers of keys must lie between 0 and 8, not 9/,
+    { k: { ...perToken, outliers: 9 } },
+  ],
+  ['fewer than none', INVALID, /outliers of values .* not -1/, { v: { ...perToken, outliers: -1 } }],
+  ['one and a half', INVALID, /'outliers' of the tensor spec/, { k: { ...perToken, outliers: 1.5 } }],
+  ['a word', INVALID, /'outliers' of the tensor spec/, { v: { ...perToken, outliers: 'many' } }],
+  ['2^32 of them', INVALID, /'outliers' of the tensor spec/, { v: { ...perToken, outliers: 2 ** 32 } }],
+  ['16-bit keys', UNSUPPORTED, /16-bit keys have no outliers/, { k: { ...perToken, bits: 16, outliers: 1 } }],
+  [
+    '16-bit values',
+    UNSUPPORTED,
+    /16-bit values have no outliers/,
+    { v: { ...perToken, bits: 16, outliers: 1 } },
+  ],
+  ['values by 32 tokens', UNSUPPORTED, /tokens32/, { v: { ...perToken, group: 'tokens32', outliers: 1 } }],
+])('outliers with %s are refused by name', (_, code, message, wrong) => {
+  const scheme = {
+    name: 'test',
+    layer: (_layer: number, of: typeof shape, windows: { sink: number; recent: number }) => ({
+      ...schemes.rotated({ keyBits: 2, valueBits: 2 }).layer(0, of, windows),
+      ...wrong,
+    }),
+  };
+  expect(() => KvCache.createSync(backend, { ...options, scheme: scheme })).toThrow(
+    expect.objectContaining({ code, message: expect.stringMatching(message) as string }) as Error,
+  );
+});
+
+test('outliers of keys that are rounded with error feedback are refused by name, of their values not', () => {
+  const identity = new Float32Array(64 * 64).map((_, i) => (i % 65 === 0 ? 1 : 0));
+  const scheme = (outliers: { k?: number; v?: number }) => ({
+    name: 'test',
+    layer: (_layer: number, of: typeof shape, windows: { sink: number; recent: number }) => ({
+      ...schemes.rotated({ keyBits: 2, valueBits: 2, without: ['mean'] }).layer(0, of, windows),
+      k: { ...perToken, outliers: outliers.k ?? 0 },
+      v: { ...perToken, outliers: outliers.v ?? 0 },
+      basis: [0, 1].map(() => ({
+        order: Uint8Array.from({ length: 64 }, (_, i) => i),
+        metric: identity,
+        feedback: new Float32Array(64 * 64),
+        pivot: new Float32Array(64).fill(1),
+      })),
+    }),
+  });
+  expect(() => KvCache.createSync(backend, { ...options, scheme: scheme({ k: 1 }) })).toThrow(
+    expect.objectContaining({
+      code: UNSUPPORTED,
+      message: expect.stringMatching(/error feedback/) as string,
+    }) as Error,
+  );
+  using able = KvCache.createSync(backend, { ...options, scheme: scheme({ v: 2 }) });
+  expect(able.plan()[0]!.values).toMatchObject({ outliers: 2 });
+});
+
+test.each([
+  ['q8', schemes.q8()],
+  ['outliers', schemeNamed('rotated-k2o2v2o1-no-mean')],
+])('every flipped byte and every cut of a saved sequence is rejected or harmless: %s', (_, scheme) => {
   using small = KvCache.createSync(backend, {
     ...shape,
     kvHeads: 1,
     queryHeads: 1,
-    scheme: schemes.q8(),
+    scheme,
     memory: '1MiB',
     windows: { sink: 1, recent: 1 },
   });

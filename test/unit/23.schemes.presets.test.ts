@@ -175,6 +175,27 @@ describe('ablation: a part that is left out is absent, and what follows is deriv
   });
 });
 
+test('outliers: by option and by name, counted, and only where there can be any', () => {
+  const both = schemes.rotated({ ...bits, keyOutliers: 1, valueOutliers: 8 });
+  expect(both.name).toBe('rotated-k2o1v2o8');
+  expect([both.key.outliers, both.value.outliers]).toEqual([1, 8]);
+  expect(schemes.rotated({ ...bits, keyOutliers: 0 }).key).toEqual(schemes.rotated(bits).key);
+  const names = [
+    'rotated-k3o2v2-no-mean',
+    'rotated-k2v4o1',
+    'calibrated-k2v2o3',
+    'innerq-k3o1v2-hybrid-no-lambda',
+  ];
+  for (const name of names) expect(schemeNamed(name, moments).name).toBe(name);
+  expect(layerOf(schemeNamed('innerq-k3o1v2-hybrid'))).toMatchObject({
+    k: { bits: 3, group: 'channels32', outliers: 1 },
+    v: { bits: 2, group: 'tokens32' },
+  });
+  const price = (name: string) => schemeNamed(name, moments).bitsPerValue(128);
+  expect(price('rotated-k2o1v2')).toBe(2.125 + (129 + 3 * 128) / 128 / 16 / 2);
+  expect(price('rotated-k2v2o3')).toBe(2.125 + (2 * 129 + 9 * 128) / 128 / 16 / 2);
+});
+
 test('presets: calibrated with moments, rotated without, by name too', () => {
   for (const size of [2, 3, 4] as const) {
     const [plain, tuned] = [schemes.preset(size), schemes.preset(size, moments)];
@@ -226,6 +247,11 @@ test.each<[string, () => unknown, string]>([
   ['InnerQ without a mode', () => schemeNamed('innerq-k3v3'), 'There are fp16, q8,'],
   ['parts that are no list', () => schemes.rotated({ ...bits, without: 'clip' as never }), 'array'],
   ['bits in a name', () => schemeNamed('rotated-k7v2'), 'keyBits'],
+  ['nine outliers', () => schemes.rotated({ ...bits, keyOutliers: 9 }), 'keyOutliers'],
+  ['half an outlier', () => schemes.calibrated(moments, { ...bits, valueOutliers: 0.5 }), 'valueOutliers'],
+  ['outliers of none', () => schemes.innerq({ keyOutliers: -1 }), 'keyOutliers'],
+  ['nine outliers in a name', () => schemeNamed('rotated-k2o9v2'), 'There are fp16, q8,'],
+  ['outliers of 32 values', () => schemeNamed('innerq-k3v2o1-hybrid'), 'no option "valueOutliers"'],
   ['no moments', () => schemeNamed('calibrated-k4v2'), 'needs calibration moments'],
   ['a layer without moments', () => schemes.calibrated(moments, bits).layer(2, shape, windows), 'layer 2'],
   [
