@@ -75,7 +75,8 @@ function specsOf(tensor: 'key' | 'value'): TensorSpec[] {
 export const keySpecs = specsOf('key');
 export const valueSpecs = specsOf('value');
 
-const nameOf = ({ bits, group, mode }: TensorSpec) => (bits === 16 ? '16' : `${bits}-${group}-${mode}`);
+const nameOf = ({ bits, group, mode, outliers = 0 }: TensorSpec) =>
+  bits === 16 ? '16' : `${bits}-${group}-${mode}${outliers > 0 ? `-o${outliers}` : ''}`;
 
 /** Every storage of values with some storage of keys, all of them used; head sizes with whole and short groups. */
 function specCases(): GoldenCase[] {
@@ -119,6 +120,43 @@ function treatedCases(): GoldenCase[] {
 }
 
 export const goldenCases: readonly GoldenCase[] = [...wholeCases(), ...treatedCases(), ...specCases()];
+
+/** Outliers with every group of channels and mode, of keys and of values, in every head size; the first two are kept. */
+function outlierCases(): GoldenCase[] {
+  const formats = GROUPS.filter((group) => group !== 'tokens32').flatMap((group) =>
+    MODES.map((mode) => ({ group, mode })),
+  );
+  const plain = formats.map((_, i): GoldenCase => {
+    const outliers = (step: number) => 1 + ((i * step) % 8);
+    const key: TensorSpec = { bits: ([2, 3, 4, 8] as const)[i % 4]!, ...formats[i]!, outliers: outliers(3) };
+    const of = formats[(7 * i + 3) % formats.length]!;
+    const single = i % 3 === 0 && (of.mode === 'midRise' || of.mode === 'asymmetric');
+    const value: TensorSpec = {
+      bits: single ? 1 : ([4, 2, 8, 3] as const)[i % 4]!,
+      ...of,
+      outliers: outliers(5),
+    };
+    const headDim = i < 2 ? 64 : ([64, 80, 96, 128, 256] as const)[i % 5]!;
+    const name = `outliers_k${nameOf(key)}_v${nameOf(value)}_d${headDim}`;
+    return { name, scheme: { headDim, key, value, sink: 3, recent: 0 }, seed: 3000 + i, whole: i < 2 };
+  });
+  const keep = ({ key, value, ...scheme }: HeadScheme, outliers: number): HeadScheme => ({
+    ...scheme,
+    key: { ...key, outliers },
+    value: value.group === 'tokens32' ? value : { ...value, outliers },
+  });
+  return [
+    ...plain,
+    { name: 'outliers_rotated', scheme: keep(ROTATED, 2), seed: 3100, whole: false },
+    { name: 'outliers_innerq', scheme: keep(INNERQ, 1), seed: 3101, whole: false },
+  ];
+}
+
+/** By file: formats are added, so that what was written before stays as it is. */
+export const goldenSets: Readonly<Record<string, readonly GoldenCase[]>> = {
+  [`v${GOLDEN_VERSION}`]: goldenCases,
+  [`v${GOLDEN_VERSION}.outliers`]: outlierCases(),
+};
 
 export function goldenInput({ scheme, seed }: GoldenCase): GoldenInput {
   const random = new Random(seed);

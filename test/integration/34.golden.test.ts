@@ -7,6 +7,7 @@ import {
   goldenCases,
   goldenEntry,
   goldenInput,
+  goldenSets,
   keySpecs,
   referencePage,
   sha256,
@@ -19,7 +20,9 @@ afterAll(disposeBackends);
 
 const folder = join(__dirname, '..', 'golden');
 const version = binding().formatVersion;
-const manifest = JSON.parse(readFileSync(join(folder, `v${version}.json`), 'utf8')) as GoldenManifest;
+const manifestOf = (set: string) =>
+  JSON.parse(readFileSync(join(folder, `${set}.json`), 'utf8')) as GoldenManifest;
+const manifest = manifestOf(`v${version}`);
 
 test('there are golden pages of this version, of every storage of keys and values', () => {
   expect(manifest.formatVersion).toBe(version);
@@ -48,28 +51,44 @@ test('there are golden pages of this version, of every storage of keys and value
   expect([distinct('bits'), distinct('group'), distinct('mode')]).toEqual([6, 4, 6]);
 });
 
-test('the kept bytes are those of the manifest', () => {
-  const kept = manifest.pages.filter(({ file }) => file !== undefined);
-  expect(kept).toHaveLength(8);
+test('there are golden pages of outliers with every group of channels and mode, up to eight of a token', () => {
+  const cases = goldenSets[`v${version}.outliers`]!;
+  for (const tensor of ['key', 'value'] as const) {
+    const specs = cases.map(({ scheme }) => scheme[tensor]).filter(({ outliers = 0 }) => outliers > 0);
+    expect(new Set(specs.map(({ group, mode }) => `${group} ${mode}`)).size).toBe(18);
+    expect(new Set(specs.map(({ outliers }) => outliers)).size).toBe(8);
+  }
+  expect(new Set(cases.map(({ scheme }) => scheme.headDim)).size).toBe(5);
+});
+
+const sets = Object.entries(goldenSets).map(([set, cases]) => {
+  const { formatVersion, pages } = manifestOf(set);
+  const golden = cases.map((one, i) => ({ one, input: goldenInput(one), expected: pages[i] }));
+  return { set, golden, formatVersion, pages };
+});
+
+test('the kept bytes are those of the manifests', () => {
+  const kept = sets.flatMap(({ pages }) => pages.filter(({ file }) => file !== undefined));
+  expect(kept).toHaveLength(10);
   for (const { file, page } of kept) expect(sha256(readFileSync(join(folder, file!)))).toBe(page);
 });
 
-const golden = goldenCases.map((one, i) => ({ one, input: goldenInput(one), expected: manifest.pages[i] }));
-
-test('the reference still makes these pages', () => {
+test.each(sets)('$set: the reference still makes these pages', ({ golden, formatVersion, pages }) => {
   const made = golden.map(({ one, input }) =>
     goldenEntry(one, input, goldenBytes(referencePage(one, input))),
   );
-  expect(made).toEqual(manifest.pages);
+  expect([made, formatVersion]).toEqual([pages, version]);
 });
 
 test.each(isas())('%s still makes these pages', (isa) => {
-  const wrong = golden.filter(({ one, input, expected }) => {
-    using cache = createCache(backendOf(isa), { heads: [[one.scheme]] });
-    const sequence = cache.sequence();
-    sequence.appendSync(0, interleave([input.keys]), interleave([input.values]));
-    const { bytes, keyZeros, valueZeros } = sequence.pageBytes(0, 0, 0)!;
-    return sha256(goldenBytes({ bytes, kZeros: keyZeros, vZeros: valueZeros })) !== expected?.page;
-  });
+  const wrong = sets
+    .flatMap(({ golden }) => golden)
+    .filter(({ one, input, expected }) => {
+      using cache = createCache(backendOf(isa), { heads: [[one.scheme]] });
+      const sequence = cache.sequence();
+      sequence.appendSync(0, interleave([input.keys]), interleave([input.values]));
+      const { bytes, keyZeros, valueZeros } = sequence.pageBytes(0, 0, 0)!;
+      return sha256(goldenBytes({ bytes, kZeros: keyZeros, vZeros: valueZeros })) !== expected?.page;
+    });
   expect(wrong.map(({ one }) => one.name)).toEqual([]);
 });
