@@ -6,7 +6,8 @@
 // - Reads: pages, the ring, queries; every page byte once per task.
 // - Writes: the task's softmax state (maximum in base 2, sum), unnormalised output; logits.
 // - Exchange: scores, prepared queries and scales of a tile lie in shared memory; thread = slot, then
-//   thread = channel.
+//   thread = channel. A bit per token and channel says where outliers of values are, so that channels add
+//   theirs in the order of the tokens.
 // - Order: tiles ascending; a state does not depend on other tasks or on the number of multiprocessors.
 // - Limits: head_dim <= 256; rows <= kRows.
 #pragma once
@@ -64,6 +65,26 @@ struct TileOutput {
             if (r < t.task.rows) sums[r][h] = fmaf(t.s.scores[r * kPageTokens + slot], value, sums[r][h]);
         }
       }
+    }
+    if (layout.spec.outliers > 0) add_outliers(t, layout, page.v);
+  }
+
+  /// Outliers of stored values, after find_holders(): thread = channel, tokens in order.
+  INNERKV_DEVICE void add_outliers(const Tile& t, const TensorLayout& layout, const std::uint8_t* base) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int c = t.tid + h * kTileThreads;
+      if (c >= layout.head_dim) break;
+      for (int first = 0; first < kPageTokens; first += 32)
+        for (unsigned left = t.s.holders[first / 32][c]; left; left &= left - 1) {
+          const int slot = first + __ffs(static_cast<int>(left)) - 1;
+          each_outlier(layout, base, slot, [&](int channel, float value) {
+            if (channel != c) return;
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+              if (r < t.task.rows) sums[r][h] = fmaf(t.s.scores[r * kPageTokens + slot], value, sums[r][h]);
+          });
+        }
     }
   }
 };
@@ -130,6 +151,7 @@ void attend_any(AttendRule rule, const RequestArgs* requests, const HeadArgs* he
     tile_probabilities(t, tile, begin, end, prepared);
     const PageArgs* page = task.raw ? nullptr : &head.pages[tile];
     const bool stored = page && page->k;
+    if (stored && rule.v.outliers > 0) t.find_holders({rule.v, true, D}, page->v, v_stored);
     if (stored && !rule.v.raw()) t.load_scales({rule.v, true, D}, page->v, page->v_zeros, v_stored);
     __syncthreads();
     out.rescale(t.s, task.rows);

@@ -71,6 +71,19 @@ struct PageDequantiser {
     }
   }
 
+  /// x += the outliers of its token; a warp.
+  INNERKV_DEVICE void add_outliers(const TensorLayout& layout, const std::uint8_t* base, int slot,
+                                   float* x) const {
+    const OutlierLayout rows = layout.outliers();
+    const std::uint8_t* section = base + layout.outliers_at();
+    const int end = outlier_start(section, rows, slot + 1);
+    for (int i = outlier_start(section, rows, slot) + lane; i < end; i += 32) {
+      const Outlier outlier = outlier_at(section, rows, i);
+      x[outlier.index] += ptx::float_of(outlier.value);
+    }
+    __syncwarp();
+  }
+
   /// x <- H x; a warp.
   INNERKV_DEVICE void hadamard(float* x) const {
     using Layout = MergeLayout<D>;
@@ -141,6 +154,7 @@ struct PageDequantiser {
         float* x = s.x + i * Memory::kStride;
         std::uint16_t* row = to + slot * D;
         if (slot < stored && !raw) {
+          if (layout.spec.outliers > 0) add_outliers(layout, base, slot, x);
           if (!value)
             restore_key(x, rotation);
           else if (rule.hadamard_v)

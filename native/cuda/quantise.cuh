@@ -1,14 +1,15 @@
-// Tokens into pages: every stored bit as docs/format.md sections 3 to 6 have it.
+// Tokens into pages: every stored bit as docs/format.md sections 3 to 6 and 8 have it.
 //
 // - Shape: jobs (pages) x tokens of one head; a warp per token, a block per token with feedback, a block per
 //   32 tokens for tokens32 values.
 // - Reads: tokens from windows and new rows (binary16), basis, clip ratios.
-// - Writes: codes, scales, zero points of the job's slots; nothing else of the page.
+// - Writes: codes, scales, zero points and outlier rows of the job's slots; nothing else of the page.
 // - Exchange: keys of several tokens share words (atomics on their own bits); a value's bytes are its own.
 // - Order: sum32 everywhere; compaction of zero points runs in a second launch, in slot order.
 // - Limits: head_dim <= 256, at most 8 clip ratios.
 #pragma once
 
+#include "../format/outliers.h"
 #include "args.h"
 #include "ptx.h"
 #include "warp.cuh"
@@ -99,8 +100,95 @@ INNERKV_DEVICE GroupRule value_rule(const QuantiseRule& rule) {
   return {rule.v.bits, rule.v.mode, rule.clip_v, rule.clip_v_count, rule.unbiased_v};
 }
 
+/// One of the outliers of a token: lane e < outliers has the one that was found e-th.
+struct LaneOutlier {
+  int channel = kMaxHeadDim, rank = 0;  // by channel
+  float x = 0.0f;
+};
+
+/// Takes the outliers out of a token x [head_dim], as take_outliers() does; the warp owns x.
+INNERKV_DEVICE LaneOutlier warp_take_outliers(int lane, const TensorLayout& layout, float* x) {
+  const int D = layout.head_dim, count = layout.spec.outliers;
+  LaneOutlier mine;
+  unsigned taken = 0;  // of channels lane, lane + 32, ...
+  for (int e = 0; e < count; ++e) {
+    float largest = -1.0f;
+    int channel = D;
+    for (int i = lane; i < D; i += 32) {
+      const float a = x[i] < 0 ? -x[i] : x[i];
+      if (a > largest && !(taken >> (i / 32) & 1u)) {
+        largest = a;
+        channel = i;
+      }
+    }
+    for (int h = 16; h > 0; h /= 2) {
+      const float other = __shfl_xor_sync(kFullMask, largest, h);
+      const int other_channel = __shfl_xor_sync(kFullMask, channel, h);
+      if (other > largest || (other == largest && other_channel < channel)) {
+        largest = other;
+        channel = other_channel;
+      }
+    }
+    if (channel % 32 == lane) taken |= 1u << (channel / 32);
+    if (lane == e) mine.channel = channel;
+  }
+  for (int e = 0; e < count; ++e) mine.rank += __shfl_sync(kFullMask, mine.channel, e) < mine.channel;
+  float drawn = 0.0f;
+  for (int g = 0; g < layout.groups(); ++g) {
+    const int begin = layout.group_begin(g), end = layout.group_end(g);
+    const bool here = mine.channel >= begin && mine.channel < end;
+    if (!__any_sync(kFullMask, here)) continue;
+    constexpr float kHighest = 3.402823466e38f;
+    float low = kHighest, high = -kHighest;
+    for (int i = begin + lane; i < end; i += 32)
+      if (!(taken >> (i / 32) & 1u)) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+      }
+    low = -warp_max(-low);
+    high = warp_max(high);
+    if (here) {
+      mine.x = x[mine.channel];
+      drawn = drawn_in(mine.x, low, high);
+    }
+  }
+  __syncwarp();
+  if (lane < count) x[mine.channel] = drawn;
+  __syncwarp();
+  return mine;
+}
+
+/// Codes, scales, zero points and outliers of one token x [head_dim]. Only the codes are not stored.
+INNERKV_DEVICE void warp_round(int lane, const TensorLayout& layout, const GroupRule& rule, int slot,
+                               std::uint8_t* base, std::uint16_t* dense, float* x, std::uint8_t* codes) {
+  const TensorSpec& spec = layout.spec;
+  LaneOutlier mine;
+  Dequantiser map{};
+  if (spec.outliers > 0) mine = warp_take_outliers(lane, layout, x);
+  for (int g = 0; g < layout.groups(); ++g) {
+    const int begin = layout.group_begin(g), end = layout.group_end(g);
+    const GroupScale scale = warp_quantise_group(
+        lane, end - begin, rule, [&](int i) { return x[begin + i]; },
+        [&](int i, std::uint8_t code) { codes[begin + i] = code; });
+    if (lane == 0) store_scale(layout, base, dense, layout.scale_index(slot, g), scale);
+    if (mine.channel >= begin && mine.channel < end)
+      map = dequantiser(spec.bits, spec.mode, scale.scale, scale.zero);
+  }
+  __syncwarp();
+  if (spec.outliers == 0) return;
+  std::uint8_t* section = base + layout.outliers_at();
+  const int first = slot * spec.outliers;
+  if (lane < spec.outliers) {
+    const float decoded = map.scale * static_cast<float>(codes[mine.channel]) + map.offset;
+    put_outlier(section, layout.outliers(), first + mine.rank,
+                {mine.channel, outlier_value(mine.x, decoded)});
+  }
+  if (lane == 0) put_outlier_start(section, layout.outliers(), slot + 1, first + spec.outliers);
+  if (lane == 0 && slot == 0) put_outlier_start(section, layout.outliers(), 0, 0);
+}
+
 /// Keys without feedback: grid (ceil(tokens / 4), jobs), 128 threads.
-INNERKV_KERNEL(128) void quantise_keys(QuantiseRule rule, const QuantiseArgs* jobs) {
+INNERKV_KERNEL(128, 1) void quantise_keys(QuantiseRule rule, const QuantiseArgs* jobs) {
   INNERKV_SHARED(float, rows, [kQuantiseWarps][kMaxHeadDim]);
   INNERKV_SHARED(std::uint8_t, all_codes, [kQuantiseWarps][kMaxHeadDim]);
   const QuantiseArgs& job = jobs[blockIdx.y];
@@ -118,14 +206,7 @@ INNERKV_KERNEL(128) void quantise_keys(QuantiseRule rule, const QuantiseArgs* jo
   std::uint8_t* codes = all_codes[warp];
   load_halves(lane, key, x, D);
   warp_transform_key(lane, rule, job, x);
-  for (int g = 0; g < layout.groups(); ++g) {
-    const int begin = layout.group_begin(g);
-    const GroupScale scale = warp_quantise_group(
-        lane, layout.group_end(g) - begin, key_rule(rule), [&](int i) { return x[begin + i]; },
-        [&](int i, std::uint8_t code) { codes[begin + i] = code; });
-    if (lane == 0) store_scale(layout, job.page, job.k_dense, layout.scale_index(slot, g), scale);
-  }
-  __syncwarp();
+  warp_round(lane, layout, key_rule(rule), slot, job.page, job.k_dense, x, codes);
   warp_put_row(lane, job.page, layout.codes(), slot, codes, D);
 }
 
@@ -206,7 +287,7 @@ void quantise_keys_feedback(QuantiseRule rule, const QuantiseArgs* jobs) {
 }
 
 /// Values whose scales belong to one token: grid (ceil(tokens / 4), jobs), 128 threads.
-INNERKV_KERNEL(128) void quantise_values(QuantiseRule rule, const QuantiseArgs* jobs, int v_at) {
+INNERKV_KERNEL(128, 1) void quantise_values(QuantiseRule rule, const QuantiseArgs* jobs, int v_at) {
   INNERKV_SHARED(float, rows, [kQuantiseWarps][kMaxHeadDim]);
   INNERKV_SHARED(std::uint8_t, all_codes, [kQuantiseWarps][kMaxHeadDim]);
   const QuantiseArgs& job = jobs[blockIdx.y];
@@ -226,14 +307,7 @@ INNERKV_KERNEL(128) void quantise_values(QuantiseRule rule, const QuantiseArgs* 
   load_halves(lane, value, x, D);
   __syncwarp();
   if (rule.hadamard_v) warp_hadamard(lane, x, D);
-  for (int g = 0; g < layout.groups(); ++g) {
-    const int begin = layout.group_begin(g);
-    const GroupScale scale = warp_quantise_group(
-        lane, layout.group_end(g) - begin, value_rule(rule), [&](int i) { return x[begin + i]; },
-        [&](int i, std::uint8_t code) { codes[begin + i] = code; });
-    if (lane == 0) store_scale(layout, base, job.v_dense, layout.scale_index(slot, g), scale);
-  }
-  __syncwarp();
+  warp_round(lane, layout, value_rule(rule), slot, base, job.v_dense, x, codes);
   const CodeShape shape = layout.codes();
   for (int w = lane; w < shape.words(); w += 32) put_value_bytes(base, shape, slot, w, codes);
 }

@@ -21,15 +21,16 @@ struct Route {
   int k_bits;
   Scales v;
   int v_bits;
+  bool outliers = false;  // a kernel for formats with outliers, too
 };
 
 inline constexpr Route kMmaRoutes[] = {
     {Scales::kToken, 2, Scales::kToken, 1},                // calibrated, rotated
-    {Scales::kToken, 2, Scales::kToken, 2},                //
+    {Scales::kToken, 2, Scales::kToken, 2},            //
     {Scales::kToken, 3, Scales::kToken, 2},                //
-    {Scales::kToken, 3, Scales::kToken, 3},                //
+    {Scales::kToken, 3, Scales::kToken, 3},            //
     {Scales::kToken, 4, Scales::kToken, 2},                //
-    {Scales::kToken, 4, Scales::kToken, 4},                //
+    {Scales::kToken, 4, Scales::kToken, 4},            //
     {Scales::kChannels32, 3, Scales::kTokens32, 3},        // InnerQ base
     {Scales::kChannels32, 3, Scales::kTokens32, 2},        // InnerQ small
     {Scales::kChannels32, 3, Scales::kTokens32Hybrid, 2},  // InnerQ hybrid
@@ -53,7 +54,7 @@ constexpr bool has_scales(const TensorSpec& spec, Scales scales) {
   return false;
 }
 
-/// One of the specs that are read as `scales`.
+/// One of the specs that are read as `scales`, without outliers.
 constexpr TensorSpec a_spec(Scales scales, int bits, bool other = false) {
   switch (scales) {
     case Scales::kToken:
@@ -74,8 +75,8 @@ constexpr int mma_route(const TensorSpec& k, const TensorSpec& v, int head_dim) 
   for (const int dim : kMmaHeadDims) served |= dim == head_dim;
   int row = 0;
   for (const Route& route : kMmaRoutes) {
-    if (served && route.k_bits == k.bits && route.v_bits == v.bits && has_scales(k, route.k) &&
-        has_scales(v, route.v))
+    if (served && (route.outliers || !(k.outliers > 0 || v.outliers > 0)) && route.k_bits == k.bits &&
+        route.v_bits == v.bits && has_scales(k, route.k) && has_scales(v, route.v))
       return row;
     ++row;
   }

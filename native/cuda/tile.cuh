@@ -18,9 +18,10 @@ struct ScaleMemory {
 
 /// Shared memory of a task.
 struct TileMemory : ScaleMemory {
-  float q[kRows * kMaxHeadDim];         // times softmax scale and log2(e)
-  float prepared[kRows * kMaxHeadDim];  // in the basis of the stored keys
-  float scores[kRows * kPageTokens];    // then probabilities
+  std::uint32_t holders[kPageTokens / 32][kMaxHeadDim];  // a bit per token that has an outlier at the channel
+  float q[kRows * kMaxHeadDim];                          // times softmax scale and log2(e)
+  float prepared[kRows * kMaxHeadDim];                   // in the basis of the stored keys
+  float scores[kRows * kPageTokens];                     // then probabilities
   float constant[kRows], largest[kRows], sum[kRows], rescale[kRows];
 };
 
@@ -105,6 +106,19 @@ INNERKV_DEVICE std::uint32_t codes_of(const std::uint32_t* words, const CodeShap
   if (shape.bits != 3) return *at >> (shape.bits * cls) & 0x01010101u * ((1u << shape.bits) - 1u);
   if (cls < 6) return at[cls / 2 * X] >> (3 * (cls % 2)) & 0x07070707u;
   return (at[(cls - 6) * X] >> 5 & 0x06060606u) | (at[2 * X] >> cls & 0x01010101u);
+}
+
+/// Calls `entry(channel, value)` for each outlier of a token.
+template <class Entry>
+INNERKV_DEVICE void each_outlier(const TensorLayout& layout, const std::uint8_t* base, int slot,
+                                 Entry entry) {
+  const OutlierLayout rows = layout.outliers();
+  const std::uint8_t* section = base + layout.outliers_at();
+  const int end = outlier_start(section, rows, slot + 1);
+  for (int i = outlier_start(section, rows, slot); i < end; ++i) {
+    const Outlier outlier = outlier_at(section, rows, i);
+    entry(outlier.index, ptx::float_of(outlier.value));
+  }
 }
 
 struct Tile {
@@ -222,9 +236,25 @@ struct Tile {
         }
       }
     }
+    if (layout.spec.outliers > 0)
+      each_outlier(layout, page.k, tid, [&](int channel, float value) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+          if (r < task.rows) scores[r] = fmaf(value, s.prepared[r * D + channel], scores[r]);
+      });
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       if (r < task.rows) s.scores[r * kPageTokens + tid] = scores[r];
+  }
+
+  /// Which of the first `stored` tokens have an outlier at a channel: thread = slot.
+  INNERKV_DEVICE void find_holders(const TensorLayout& layout, const std::uint8_t* base, int stored) const {
+    for (int i = tid; i < kPageTokens / 32 * kMaxHeadDim; i += kTileThreads)
+      s.holders[i / kMaxHeadDim][i % kMaxHeadDim] = 0;
+    __syncthreads();
+    if (tid < stored)
+      each_outlier(layout, base, tid,
+                   [&](int channel, float) { atomicOr(&s.holders[warp][channel], 1u << lane); });
   }
 
   /// Softcap, masks, the optional logits; then probabilities in place of scores, 0 outside of slots [begin,

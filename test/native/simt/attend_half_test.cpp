@@ -281,7 +281,7 @@ TEST("prefill over 16-bit caches: every head_dim, row count and mask") {
 
 TEST("prefill over quantised pages: every family, removed tokens, several passes") {
   const auto schedules = simt::schedules();
-  std::vector<Family> all = dense_families();
+  std::vector<Family> all = families();
   all.push_back({"calibrated 4 bits", config_of({calibrated(128)}, 128)});
   all.back().config.schemes[0].k.bits = all.back().config.schemes[0].v.bits = 4;
   all.push_back({"calibrated 3 bits", config_of({calibrated(80)}, 80)});

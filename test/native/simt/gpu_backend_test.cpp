@@ -64,7 +64,7 @@ bool agree(const std::vector<Job>& cpu, const std::vector<Job>& gpu, int q_token
 
 TEST("pages, windows and statistics have the bits of the CPU backend") {
   const auto schedules = simt::schedules();
-  const auto all = dense_families();
+  const auto all = families();
   for (std::size_t s = 0; s < schedules.size(); ++s) {
     simt::use(schedules[s]);
     for (std::size_t f = s % 4; f < all.size(); f += 4) {  // every family in three schedules
@@ -91,7 +91,7 @@ TEST("pages, windows and statistics have the bits of the CPU backend") {
 }
 
 TEST("attention agrees with the CPU backend to the bound of its arithmetic") {
-  const auto all = dense_families();
+  const auto all = families();
   for (std::size_t f = 0; f < all.size(); f += stride()) {
     const Family& family = all[f];
     const Tokens tokens = tokens_of(family.config, 300, 5);
@@ -113,7 +113,7 @@ TEST("attention agrees with the CPU backend to the bound of its arithmetic") {
 std::string text_of(const TensorSpec& spec) {
   if (spec.raw()) return "16 bits";
   return std::to_string(spec.bits) + " bits " + kGroupNames[at(static_cast<int>(spec.group))] + " " +
-         kModeNames[at(static_cast<int>(spec.mode))];
+         kModeNames[at(static_cast<int>(spec.mode))] + " + " + std::to_string(spec.outliers);
 }
 
 struct Shape {
@@ -152,7 +152,22 @@ TEST("attention on integer tensor cores: every route, rows, masks, removed token
         else
           shapes.push_back({k, v, head_dim, group, 1, blocks});
       }
-  const auto per_token = [](int bits) { return TensorSpec{bits, Group::kToken, Mode::kMidRise}; };
+  // Outliers on integer tensor cores: of both tensors, of one alone, with everything that hides tokens.
+  for (const gpu::Route& route : gpu::kMmaRoutes)
+    for (const int head_dim : gpu::kMmaHeadDims) {
+      if (!route.outliers) continue;
+      TensorSpec k = gpu::a_spec(route.k, route.k_bits), v = gpu::a_spec(route.v, route.v_bits);
+      const int turn = static_cast<int>(shapes.size());
+      k.outliers = turn % 3 == 1 ? 0 : 1 + turn % 2;
+      v.outliers = turn % 3 == 2 ? 0 : 1 + turn / 2 % 3;
+      shapes.push_back({k, v, head_dim, 1 + turn % 4, 1, true});
+      k.outliers = 1;
+      v.outliers = 8;
+      shapes.push_back({k, v, head_dim, 7, 1, false, 150, 4.0f, true, true});
+    }
+  const auto per_token = [](int bits, int outliers = 0) {
+    return TensorSpec{bits, Group::kToken, Mode::kMidRise, outliers};
+  };
   const TensorSpec innerq_k{3, Group::kChannels32, Mode::kZeroLevel},
       innerq_v{2, Group::kTokens32, Mode::kHybrid};
   shapes.push_back({per_token(2), per_token(2), 128, 7, 1, true});
@@ -162,7 +177,11 @@ TEST("attention on integer tensor cores: every route, rows, masks, removed token
   shapes.push_back({per_token(2), per_token(1), 128, 8, 1, false, 0, 0, true, true});
   shapes.push_back({per_token(4), per_token(4), 64, 2, 2, true, 0, 0, false, true});
   shapes.push_back({innerq_k, innerq_v, 64, 2, 4, false, 0, 0, false});
+  shapes.push_back({per_token(2, 8), per_token(2, 1), 64, 4, 3, true, 0, 0, false, true});
   shapes.push_back({per_token(8), per_token(4), 96, 4, 2, true, 130, 3.0f, true, true});  // attend_any
+  shapes.push_back({per_token(4, 1), per_token(2, 3), 128, 3, 2, false, 130, 3.0f, true, true});
+  shapes.push_back({{3, Group::kChannels32, Mode::kHybrid, 2}, innerq_v, 256, 1, 1, false});
+  shapes.push_back({{4, Group::kChannels64, Mode::kAsymmetric, 8}, per_token(1, 8), 80, 2, 1, true});
   const auto schedules = simt::schedules();
   for (std::size_t i = 0; i < shapes.size(); i += stride()) {
     const Shape& shape = shapes[i];
@@ -171,6 +190,8 @@ TEST("attention on integer tensor cores: every route, rows, masks, removed token
     LayerScheme scheme = shape.blocks ? calibrated(shape.head_dim, kv_heads) : scheme_of({}, {});
     scheme.k = shape.k;
     scheme.v = shape.v;
+    if (shape.k.outliers > 0)  // not with error feedback
+      for (Basis& basis : scheme.basis) basis.order = {}, basis.metric = basis.feedback = basis.pivot = {};
     if (shape.v.bits == 1) scheme.clip_v.clear();
     CacheConfig config = config_of({scheme}, shape.head_dim, kv_heads);
     config.query_heads = config.kv_heads * shape.group;
@@ -203,6 +224,12 @@ TEST("the table of routes holds every scheme that names its kernel, and nothing 
         const bool listed = head_dim == 64 || head_dim == 128;
         CHECK_WITH(gpu::mma_route(k, v, head_dim) == (listed ? i : -1), text_of(k) + ", " + text_of(v));
         CHECK(fast(k, v, head_dim) == listed);
+        for (const auto& [of_k, of_v] : {std::pair{1, 0}, {0, 8}, {2, 3}}) {
+          TensorSpec k_with = k, v_with = v;
+          k_with.outliers = of_k;
+          v_with.outliers = of_v;
+          CHECK(fast(k_with, v_with, head_dim) == (listed && route.outliers));
+        }
       }
     }
   const TensorSpec per_token{3, Group::kToken, Mode::kMidRise};
@@ -272,7 +299,9 @@ TensorSpec random_spec(check::Random& random, bool value) {
   const Group groups[] = {Group::kToken, Group::kChannels32, Group::kChannels64, Group::kTokens32};
   const Mode modes[] = {Mode::kMidRise, Mode::kSignedMax,  Mode::kZeroLevel,
                         Mode::kHybrid,  Mode::kAsymmetric, Mode::kHybridReleased};
-  return {bits, groups[random.below(value ? 4 : 3)], modes[random.below(6)]};
+  const Group group = groups[random.below(value ? 4 : 3)];
+  const int outliers = group != Group::kTokens32 && random.below(2) == 0 ? 1 + random.below(8) : 0;
+  return {bits, group, modes[random.below(6)], outliers};
 }
 
 /// A cache that the core accepts, drawn from everything that it accepts; half of them are fast formats.
@@ -291,7 +320,13 @@ CacheConfig random_config(check::Random& random) {
       const gpu::Route& route = gpu::kMmaRoutes[random.below(static_cast<int>(std::size(gpu::kMmaRoutes)))];
       scheme.k = gpu::a_spec(route.k, route.k_bits, random.below(2) == 0);
       scheme.v = gpu::a_spec(route.v, route.v_bits, random.below(2) == 0);
+      if (route.outliers && random.below(2) == 0) {
+        scheme.k.outliers = random.below(3);
+        scheme.v.outliers = random.below(9);
+      }
     }
+    if (scheme.k.outliers > 0 || random.below(4) == 0)  // not with error feedback
+      for (Basis& basis : scheme.basis) basis.order = {}, basis.metric = basis.feedback = basis.pivot = {};
     if (blocks && random.below(2) == 0) scheme.block_tokens = 2 * kPageTokens;
     if (scheme.v.bits == 1) scheme.clip_v.clear();
     CacheConfig config = config_of({scheme}, fast && head_dim != 64 ? 128 : head_dim, kv_heads);
@@ -353,7 +388,9 @@ TEST("random shapes: pages to the bit, ragged batches of attention") {
 TEST("masses are the probabilities of the same attention, whatever reads the pages") {
   const auto schedules = simt::schedules();
   int run = 0;
-  for (const LayerScheme& scheme : {calibrated(), innerq(), scheme_of({}, {})})
+  for (const LayerScheme& scheme :
+       {calibrated(), innerq(), scheme_of({}, {}), rotated_with_outliers(1, 1),
+        scheme_of({8, Group::kToken, Mode::kMidRise, 3}, {4, Group::kToken, Mode::kAsymmetric, 2})})
     for (const int q_tokens : {1, 3, 20}) {  // 20 tokens of 4 heads are a prefill
       simt::use(schedules[at(run++) % schedules.size()]);
       if (at(run) % std::min<std::size_t>(stride(), 2) != 0) continue;
@@ -376,8 +413,9 @@ TEST("masses are the probabilities of the same attention, whatever reads the pag
 TEST("the same batch gives the same bits every time") {
   const int runs = static_cast<int>(check::number_from("INNERKV_GPU_REPEATS", kOnGpu ? 100 : 6));
   const auto schedules = simt::schedules();
-  for (const bool fast : {true, false}) {
-    LayerScheme scheme = fast ? calibrated(128) : innerq();
+  const TensorSpec sparse{4, Group::kToken, Mode::kMidRise, 8}, slow{4, Group::kToken, Mode::kAsymmetric, 8};
+  for (const LayerScheme& scheme :
+       {calibrated(128), innerq(), scheme_of(sparse, sparse), scheme_of(slow, slow)}) {
     CacheConfig config = config_of({scheme}, 128);
     config.query_heads = 8;
     config.budget_bytes = std::size_t{256} << 20;
