@@ -7,6 +7,7 @@
 
 #include "../core/backend.h"
 #include "../format/group.h"
+#include "../format/outliers.h"
 
 namespace innerkv::gpu {
 
@@ -72,8 +73,25 @@ struct TaskArgs {
   bool raw;
 };
 
+/// Where a tensor's outlier rows lie, as numbers that kernels find in constant memory.
+struct OutlierRule {
+  int bytes = 0, channels_at = 0, values_at = 0;  // of the section
+  bool wide = false;                              // 16-bit row starts
+
+  OutlierRule() = default;
+  explicit OutlierRule(const TensorSpec &spec) {
+    if (spec.outliers == 0) return;
+    const OutlierLayout layout{spec.outliers * kPageTokens};
+    bytes = static_cast<int>(layout.bytes());
+    channels_at = static_cast<int>(layout.indices_at());
+    values_at = static_cast<int>(layout.values_at());
+    wide = layout.start_bytes() > 1;
+  }
+};
+
 struct AttendRule {
   TensorSpec k, v;
+  OutlierRule k_outliers, v_outliers;
   int head_dim = 0, kv_heads = 0, group = 0, block_tokens = 0, pairs = 0;
   bool half_layout = false, hadamard_k = false, hadamard_v = false;
   bool float32 = false;  // 16-bit pages hold float32 rows: plain attention only

@@ -15,21 +15,23 @@
 //   the product's sum. Values with scales per token have them folded into the weights, group by group.
 // - Order: no barrier; lanes exchange by shuffles, hybrid values through the warp's own shared memory. The
 //   result of a task depends on its pages alone.
+// - Outliers, where a route has them: attend_outliers.cuh, in a kernel of its own.
 // - Limits: head_dim 64 and 128; up to 8 query rows a task.
 // Long file: one pass over a page, in the order of its steps.
 #pragma once
 
 #include "attend.cuh"
 #include "attend_mma.h"
+#include "attend_outliers.cuh"
 #include "mma_weights.cuh"
 #include "ptx.h"
 #include "routes.h"
 
 namespace innerkv::gpu {
 
-template <int kCount>
+template <class T, int kCount>
 struct alignas(4 * kCount) Several {
-  float x[kCount];
+  T x[kCount];
 };
 
 /// Values of a page with hybrid scales: magnitude / 2^shift and what is added, sub-block by sub-block.
@@ -38,7 +40,7 @@ struct HybridScales {
   alignas(16) float size[4][D], offset[4][D];
 };
 
-template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT>
+template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT, bool kOutliers>
 struct MmaAttention {
   using K = Codes<kBitsK, kPageTokens>;
   using V = Codes<kBitsV, D>;
@@ -47,8 +49,11 @@ struct MmaAttention {
                         kBlocks = kHybrid || kScalesV == Scales::kTokens32,
                         kChannelGroups = kScalesV == Scales::kChannels32;
   using Weights = WeightBytes<K, kChannelGroups>;
-  static constexpr std::size_t kScalesAtK = TensorLayout{a_spec(kScalesK, kBitsK), false, D}.scales_at(),
-                               kScalesAtV = TensorLayout{a_spec(kScalesV, kBitsV), true, D}.scales_at();
+  static constexpr TensorLayout kLayoutK{a_spec(kScalesK, kBitsK), false, D},
+      kLayoutV{a_spec(kScalesV, kBitsV), true, D};
+  static constexpr std::size_t kScalesAtK = kLayoutK.scales_at(), kScalesAtV = kLayoutV.scales_at();
+  using Outliers = OutlierPart<D, 4 * NT>;
+  using OutlierShared = std::conditional_t<kOutliers, typename Outliers::Memory, char>;
 
   const AttendRule& rule;
   const RequestArgs& request;
@@ -57,6 +62,7 @@ struct MmaAttention {
   const TaskArgs& task;
   int lane, g, t;
   HybridScales<D>* hybrid;
+  OutlierShared& outlier_memory;
 
   float softcap, inverse_softcap;   // base 2
   int q_row[NT], row[NT], end[NT];  // of columns g and t; positions that row sees end there
@@ -194,6 +200,57 @@ struct MmaAttention {
           score = fmaf(twice_centred(sums[unit / 2][n] + 2 * (unit % 2), (1 << kBitsK) - 1, of_row.totals[0],
                                      K::shift(unit)),
                        0.5f * step * scale[unit], of_row.constant);
+      }
+    }
+  }
+
+  /// Made anew wherever it is used: registers are short, and what follows from the lane alone is soon there.
+  INNERKV_DEVICE Outliers outliers() const {
+    const int zero = ptx::fresh(0);
+    auto* memory = reinterpret_cast<std::uint8_t*>(&outlier_memory) + zero;
+    return {rule, *reinterpret_cast<typename Outliers::Memory*>(memory), lane + zero};
+  }
+  /// The queries of a block, for the outliers of its keys.
+  INNERKV_DEVICE void take_outlier_queries(int block) const {
+    const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(block) * request.rows;
+    outliers().take_queries(prepared.stored,
+                            [&](int r) { return at + __shfl_sync(kFullMask, row[r / 4], r % 4); });
+  }
+  INNERKV_DEVICE void add_key_outliers(int stored, float (&scores)[K::kUnits][NT]) const {
+    outliers().key_sums(stored);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      float sums[K::kUnits];
+      load_floats<K>(outlier_memory.tokens[4 * n + t], sums);
+#pragma unroll
+      for (int unit = 0; unit < K::kUnits; ++unit) scores[unit][n] += sums[unit];
+    }
+  }
+  INNERKV_DEVICE void give_probabilities(const float (&p)[K::kUnits][NT]) const {
+    __syncwarp();  // the scores' sums have been read
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int unit = 0; unit < K::kUnits; unit += K::kVector) {
+        Several<float, K::kVector> several;
+#pragma unroll
+        for (int i = 0; i < K::kVector; ++i) several.x[i] = p[unit + i][n];
+        *reinterpret_cast<Several<float, K::kVector>*>(outlier_memory.tokens[4 * n + t] + K::lane_row(g) +
+                                                       K::unit_row(unit)) = several;
+      }
+  }
+  INNERKV_DEVICE void add_value_outliers(const PageArgs& page, int stored, const float (&part)[NT]) {
+    const float worth = outliers().value_sums(page, stored);
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      std::int32_t* sums = outlier_memory.sums[4 * n + t] + V::lane_row(g);
+#pragma unroll
+      for (int unit = 0; unit < V::kUnits; unit += V::kVector) {
+        auto& several = *reinterpret_cast<Several<std::int32_t, V::kVector>*>(sums + V::unit_row(unit));
+#pragma unroll
+        for (int i = 0; i < V::kVector; ++i)
+          out[unit + i][n] = fmaf(static_cast<float>(several.x[i]), worth * part[n], out[unit + i][n]);
+        several = {};
       }
     }
   }
@@ -409,7 +466,7 @@ struct MmaAttention {
         rank += __popc(asymmetric & before_me);
         before += __popc(asymmetric);
       }
-      Several<kEach> size, offset;
+      Several<float, kEach> size, offset;
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
         const int shift = V::shift(V::kWords * ((kEach * lane + j) / V::kX));
@@ -422,8 +479,8 @@ struct MmaAttention {
           ++rank;
         }
       }
-      reinterpret_cast<Several<kEach>*>(hybrid->size[s])[lane] = size;
-      reinterpret_cast<Several<kEach>*>(hybrid->offset[s])[lane] = offset;
+      reinterpret_cast<Several<float, kEach>*>(hybrid->size[s])[lane] = size;
+      reinterpret_cast<Several<float, kEach>*>(hybrid->offset[s])[lane] = offset;
     }
     __syncwarp();
   }
@@ -445,8 +502,8 @@ struct MmaAttention {
       high.load(base, 8 * s + 4 + t, g);
       float scale[V::kUnits], offset[V::kUnits];
       if constexpr (kHybrid) {
-        load_floats(hybrid->size[s], scale);
-        load_floats(hybrid->offset[s], offset);
+        load_floats<V>(hybrid->size[s], scale);
+        load_floats<V>(hybrid->offset[s], offset);
       } else {
         load_units<V>(scales + s * D, g, scale);
       }
@@ -485,13 +542,16 @@ struct MmaAttention {
             fmaf(sums[unit][n], factor * (kHybrid ? 1.0f : unshifted(V::shift(unit))), out[unit][n]);
       }
   }
-  INNERKV_DEVICE void load_floats(const float* from, float (&to)[V::kUnits]) const {
+  /// The numbers of this lane's rows, one a unit, from shared memory.
+  template <class Matrix>
+  INNERKV_DEVICE void load_floats(const float* from, float (&to)[Matrix::kUnits]) const {
+    constexpr int kVector = Matrix::kVector;
 #pragma unroll
-    for (int unit = 0; unit < V::kUnits; unit += V::kVector) {
-      const auto several =
-          *reinterpret_cast<const Several<V::kVector>*>(from + V::lane_row(g) + V::unit_row(unit));
+    for (int unit = 0; unit < Matrix::kUnits; unit += kVector) {
+      const auto several = *reinterpret_cast<const Several<float, kVector>*>(from + Matrix::lane_row(g) +
+                                                                             Matrix::unit_row(unit));
 #pragma unroll
-      for (int i = 0; i < V::kVector; ++i) to[unit + i] = several.x[i];
+      for (int i = 0; i < kVector; ++i) to[unit + i] = several.x[i];
     }
   }
 
@@ -524,6 +584,10 @@ struct MmaAttention {
     for (int tile = task.first_tile; tile < task.end_tile; ++tile) {
       const int first = tile * kPageTokens, position = head.sink + first;
       const int stored = clamp_int(head.v_quantised - first, 0, kPageTokens), block_now = block;
+      if constexpr (kOutliers) {
+        const bool fresh = tile == task.first_tile || (block_pages > 0 && page_in_block == 0);
+        if (fresh && rule.k.outliers > 0) take_outlier_queries(block_now);
+      }
       if (++page_in_block == block_pages) {
         page_in_block = 0;
         ++block;
@@ -535,15 +599,27 @@ struct MmaAttention {
       }
       if constexpr (kHybrid) read_hybrid(page, stored);
       float scores[K::kUnits][NT], part[NT];
+      if constexpr (kOutliers) {
+        outliers().fetch(page.k + kLayoutK.outliers_at(), page.v + kLayoutV.outliers_at());
+      }
       scores_of(page, block_now, scores);
+      if constexpr (kOutliers) {
+        outliers().arrive();
+        if (rule.k.outliers > 0) add_key_outliers(stored, scores);
+      }
       finish_scores(page, position, stored, scores);
       softmax(scores, part);
+      if constexpr (kOutliers) {
+        if (rule.v.outliers > 0) give_probabilities(scores);
+      }
       if constexpr (kBlocks)
         add_block_values(page, scores, part);
       else if constexpr (kChannelGroups)
         add_channel_values(page, scores, part);
       else
         add_token_values(page, scores, part);
+      if constexpr (kOutliers)
+        if (rule.v.outliers > 0) add_value_outliers(page, stored, part);
     }
     const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(task.split) * request.rows;
 #pragma unroll
@@ -568,8 +644,8 @@ constexpr int least_blocks(Scales values, int head_dim, int n_tiles) {
   return n_tiles > 1 ? 2 : 3;
 }
 
-/// Grid: ceil(tasks / 4); 128 threads.
-template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT>
+/// Grid: ceil(tasks / 4); 128 threads. With outliers: dynamic shared memory, see outlier_bytes().
+template <Scales kScalesK, int kBitsK, Scales kScalesV, int kBitsV, int D, int NT, bool kOutliers>
 INNERKV_KERNEL(32 * kMmaWarps, least_blocks(kScalesV, D, NT))
 void attend_mma(AttendRule rule, const RequestArgs* requests, const HeadArgs* heads,
                 const PreparedArgs* prepared, const TaskArgs* tasks, int count) {
@@ -580,26 +656,37 @@ void attend_mma(AttendRule rule, const RequestArgs* requests, const HeadArgs* he
             index = static_cast<int>(blockIdx.x) * kMmaWarps + warp;
   if (index >= count) return;
   const TaskArgs& task = tasks[index];
-  MmaAttention<kScalesK, kBitsK, kScalesV, kBitsV, D, NT> attention{
-      rule,
-      requests[task.request],
-      heads[task.request * rule.kv_heads + task.kv_head],
-      prepared[task.request],
-      task,
-      lane,
-      lane / 4,
-      lane % 4,
-      nullptr,
-      0.0f,
-      0.0f,
-      {},
-      {},
-      {},
-      {},
-      {},
-      {}};
-  if constexpr (kHybrid) attention.hybrid = &hybrid[warp];
-  attention.run();
+  using Attention = MmaAttention<kScalesK, kBitsK, kScalesV, kBitsV, D, NT, kOutliers>;
+  const auto run = [&](typename Attention::OutlierShared& outlier_memory) {
+    Attention attention{rule,
+                        requests[task.request],
+                        heads[task.request * rule.kv_heads + task.kv_head],
+                        prepared[task.request],
+                        task,
+                        lane,
+                        lane / 4,
+                        lane % 4,
+                        nullptr,
+                        outlier_memory,
+                        0.0f,
+                        0.0f,
+                        {},
+                        {},
+                        {},
+                        {},
+                        {},
+                        {}};
+    if constexpr (kHybrid) attention.hybrid = &hybrid[warp];
+    if constexpr (kOutliers) attention.outliers().clear();
+    attention.run();
+  };
+  if constexpr (kOutliers) {
+    auto* memory = dynamic_shared<std::uint8_t>() + warp * outlier_bytes<D, 4 * NT>(rule);
+    run(*reinterpret_cast<OutlierMemory<D, 4 * NT>*>(memory));
+  } else {
+    char none{};
+    run(none);
+  }
 }
 
 }  // namespace innerkv::gpu

@@ -20,6 +20,7 @@ struct PreparedRow {
 struct PreparedArgs {
   std::uint8_t* bytes;  // [blocks][rows][2][D] signed high and low bytes
   PreparedRow* rows;    // [blocks][rows]
+  float* stored;        // [blocks][rows][D] what the integers were made of, or null: keys have no outliers
   int blocks;
 };
 

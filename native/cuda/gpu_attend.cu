@@ -111,7 +111,10 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
     most_blocks = std::max(most_blocks, blocks_of(plan));
     prepared_rows += all * at(blocks_of(plan));
   }
-  auto* prepared_bytes = prepared_.reserve(prepared_rows * (2 * at(D) + sizeof(PreparedRow)));
+  const std::size_t stored_numbers = rule.k.outliers > 0 ? prepared_rows * at(D) : 0;
+  auto* stored_queries = reinterpret_cast<float*>(
+      prepared_.reserve(sizeof(float) * stored_numbers + prepared_rows * (2 * at(D) + sizeof(PreparedRow))));
+  auto* prepared_bytes = reinterpret_cast<std::uint8_t*>(stored_queries + stored_numbers);
   auto* prepared_info = reinterpret_cast<PreparedRow*>(prepared_bytes + prepared_rows * 2 * at(D));
   std::uint8_t* dequantised = prefill_.reserve(prefill_bytes);
   auto* partial = reinterpret_cast<float*>(work_.reserve(sizeof(float) * split_rows * at(D + 2)));
@@ -186,7 +189,8 @@ void GpuBackend::run_attention(const AttendRule& rule, std::span<const AttendReq
                      splits,
                      static_cast<int>(rows),
                      rule.hadamard_v && !prefill ? plan.stored_splits : 0};
-    prepared_args[i] = {prepared_bytes + prepared_row * 2 * at(D), prepared_info + prepared_row, blocks};
+    prepared_args[i] = {prepared_bytes + prepared_row * 2 * at(D), prepared_info + prepared_row,
+                        stored_numbers > 0 ? stored_queries + prepared_row * at(D) : nullptr, blocks};
     prepared_row += rows * at(blocks);
     row += rows;
     split_row += rows * at(splits);
@@ -257,6 +261,8 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   AttendRule rule;
   rule.k = scheme.k;
   rule.v = scheme.v;
+  rule.k_outliers = OutlierRule(scheme.k);
+  rule.v_outliers = OutlierRule(scheme.v);
   rule.head_dim = D;
   rule.kv_heads = config.kv_heads;
   rule.group = config.group_size();

@@ -4,7 +4,8 @@
 // - Shape: a warp per query row and block of keys.
 // - Reads: the row, the block's rotation, the head's mean and normalisation.
 // - Writes: 2 D + 24 bytes: signed high and low bytes, the integers' step, the mean's constant, and the sums
-//   of the integers over each group of channels that shares a scale.
+//   of the integers over each group of channels that shares a scale. For keys with outliers 4 D more: the
+//   float32 numbers.
 // - Exchange: a warp's row lies in its own part of shared memory.
 // - Order: float32 operations of warp.cuh, in channel order.
 // - Limits: head_dim <= 128.
@@ -50,6 +51,8 @@ void prepare_queries(AttendRule rule, const RequestArgs* requests, const HeadArg
   const float inverse = tiny ? 0.0f : kLargestSigned / largest;
   const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(block) * request.rows + row;
   std::uint8_t* bytes = to.bytes + at * 2 * D;
+  if (to.stored)
+    for (int i = lane; i < D; i += 32) to.stored[at * D + i] = x[i];
   const bool grouped = rule.k.group != Group::kToken;
   PreparedRow result{tiny ? 0.0f : largest / kLargestSigned, constant, {}};
 #pragma unroll

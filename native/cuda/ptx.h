@@ -101,6 +101,15 @@ INNERKV_HD float rcp(float x) {
 #endif
 }
 
+/// x itself, but what is computed from it is computed after this: compilers keep nothing of it in registers
+/// from one round of a loop to the next.
+INNERKV_HD int fresh(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- global memory ----
 
 /// Reads what no thread of the launch writes, without keeping it in L1. T is a 4-, 8- or 16-byte word of

@@ -26,11 +26,11 @@ struct Route {
 
 inline constexpr Route kMmaRoutes[] = {
     {Scales::kToken, 2, Scales::kToken, 1},                // calibrated, rotated
-    {Scales::kToken, 2, Scales::kToken, 2},            //
+    {Scales::kToken, 2, Scales::kToken, 2, true},          //
     {Scales::kToken, 3, Scales::kToken, 2},                //
-    {Scales::kToken, 3, Scales::kToken, 3},            //
+    {Scales::kToken, 3, Scales::kToken, 3, true},          //
     {Scales::kToken, 4, Scales::kToken, 2},                //
-    {Scales::kToken, 4, Scales::kToken, 4},            //
+    {Scales::kToken, 4, Scales::kToken, 4, true},          //
     {Scales::kChannels32, 3, Scales::kTokens32, 3},        // InnerQ base
     {Scales::kChannels32, 3, Scales::kTokens32, 2},        // InnerQ small
     {Scales::kChannels32, 3, Scales::kTokens32Hybrid, 2},  // InnerQ hybrid

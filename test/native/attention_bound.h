@@ -22,7 +22,7 @@ struct Attended {
 
 namespace bounds {
 
-inline constexpr double kU = 0x1p-24, kTiny = 1e-30, kIntegers = 32639;
+inline constexpr double kU = 0x1p-24, kTiny = 1e-30, kIntegers = 32639, kOutlierUnits = 4194048;
 inline double gamma(double k) { return k * kU / (1 - k * kU); }
 
 /// The keys or values of one head, [tokens][D], as stored; raw tokens as they came. `added`: outliers.
@@ -112,9 +112,10 @@ inline Numbers numbers_of(const HeadView& view, const TensorLayout& layout, std:
           all.scale[i] = std::abs(scale);
         }
         const std::uint8_t* section = base + layout.outliers_at();
-        const int last = spec.outliers > 0 ? outlier_start(section, layout.outliers(), slot + 1) : 0;
-        for (int i = last - spec.outliers; i < last; ++i) {
-          const Outlier outlier = outlier_at(section, layout.outliers(), i);
+        const OutlierLayout rows = layout.outliers();
+        const int past = spec.outliers > 0 ? outlier_start(section, rows, slot + 1) : 0;
+        for (int i = spec.outliers > 0 ? outlier_start(section, rows, slot) : 0; i < past; ++i) {
+          const Outlier outlier = outlier_at(section, rows, i);
           all.added[at(token * D + outlier.index)] = static_cast<double>(half_value(outlier.value));
         }
       }
@@ -262,7 +263,8 @@ struct Head {
       hadamard(stored.data(), D, true);
       hadamard(rounding.data(), D, true);
     }
-    const double chain = gamma(kPageTokens + 2 * parts + plain_values + most_outliers + 24);
+    const double chain =
+        gamma(kPageTokens + 2 * parts + plain_values + (most_outliers > 0 ? most_outliers + 8 : 0) + 24);
     double lse = 0;
     for (const double times : {1.0, 2.0}) {
       double growth = 0, least = 0, most = 0;
@@ -286,7 +288,7 @@ struct Head {
     for (int j = 0; j < tokens; ++j) to.logits.push_back(static_cast<float>(2 * delta[at(j)]));
   }
 
-  /// Of 16-bit integer weights, page by page, in the stored basis.
+  /// Of 16-bit integer weights and of outliers summed as integers, page by page, in the stored basis.
   INNERKV_UNWATCHED void weight_rounding(const double* p, double* worst) const {
     const bool folds = scheme.v.group != Group::kTokens32;
     for (int first = 0; first < view.v_quantised; first += kPageTokens) {
@@ -302,6 +304,20 @@ struct Head {
         }
         worst[c] += (heaviest / kIntegers / 2 + kTiny) * reach;
       }
+      if (scheme.v.outliers == 0) continue;
+      double likeliest = 0, largest = 0;
+      std::vector<int> many(at(D));
+      for (int t = first; t < end; ++t) {
+        const int j = view.sink + t;
+        const Page* page = view.pages[first / kPageTokens].get();
+        if (!page || page->is_removed(t - first)) continue;
+        likeliest = std::max(likeliest, p[j]);
+        for (int c = 0; c < D; ++c) {
+          largest = std::max(largest, std::abs(v.added[at(j * D + c)]));
+          many[at(c)] += v.added[at(j * D + c)] != 0;
+        }
+      }
+      for (int c = 0; c < D; ++c) worst[c] += likeliest * largest / kOutlierUnits / 2 * many[at(c)];
     }
   }
 };

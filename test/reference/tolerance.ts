@@ -10,7 +10,8 @@
  *   4. Per page of 128 tokens, w_j = p_j·t_j (t the value scale of the token, or 1 when it belongs to the channel) becomes an
  *      integer of step max_page(w)/32639; w meets (code − offset) in exact integer sums. In modes with zero points, value
  *      groups of one token keep w for the bare code, while zero point and offset meet p in float32.
- *   The outliers of a token, a_c at channel c, meet q' itself and p_j: float32 products, added one after the other.
+ *   The outliers of a token, a_c at channel c, meet q' itself and p_j: float32 products, added one after the other. A GPU may add the
+ *      products p_j·a_c of a page as integers of step max_page(p)·max_page|a|/4194048 instead, with 8 float32 roundings on the way.
  *   5. Windows and 16-bit tensors: float32, or tensor cores on q and p in two binary16 parts: each is x = 2^e·(hi + lo) with an error of
  *      at most 2u·|x| + 2^−38·max|x| (lo may be subnormal), products are exact, and a sum grows by 16 products at a time, each cut off
  *      at no more than u times the largest of 17 numbers. Everything else: float32.
@@ -28,7 +29,8 @@
  *   A softcap is 1-Lipschitz and adds its own 8u·cap.
  * Output: with p̂_j ∝ p_j·e^δ_j,  ô − o = Σ p_j(e^δ_j − 1)(v_j − o) / Σ p_j e^δ_j  because Σ p_j(v_j − o) = 0; hence, channel by channel,
  *   |ô − o| <= Σ p_j(e^|δ_j| − 1)|v_j − o| / Σ p_j e^−|δ_j|      (to first order at most 2·max δ·max|v − o|)
- *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(156 + 2·parts + 17/16·16-bit values + outliers of a channel)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
+ *   + |H|·Σ_pages (step_w/2 + tiny)·Σ_j |level_j|    + gamma(156 + 2·parts + 17/16·16-bit values + outliers of a channel + 8)·(|o| + |H|·Σ p_j·v̄_j)      sums and normalisation,
+ *   + |H|·Σ_pages step_a/2·(outliers of the channel),
  *   level = code − offset (code: see 4), or s·(code − offset) + z when the scale belongs to the channel; step_w from the largest p a native run
  *   may have, p·e^max|δ| / Σ p_j e^−|δ_j|; v̄ = s·(code + offset) + |z| + |a|. The normaliser is the float32 sum of p, not of w.
  *   With halfOperands ((1 + h)² − 1)·Σ p_j·|v_j| replaces the second term.
@@ -47,6 +49,9 @@ const u = 2 ** -24;
 const TINY = 1e-30;
 /** Largest integer of a 16-bit query or probability: 127·256 + 127. */
 export const INTEGER_RANGE = 32639;
+
+/** Largest integer that stands for a product of a probability and an outlier. */
+const OUTLIER_UNITS = 4194048;
 
 /** Relative error of a rounding to binary16, and of a product of two rounded numbers. */
 const HALF = 2 ** -11;
@@ -100,7 +105,9 @@ export function attentionTolerance(
   const halves = tokens.filter(
     ({ value }) => value.kind === 'window' || head.scheme.value.bits === 16,
   ).length;
-  const chain = gamma(PAGE_TOKENS + 2 * parts + TENSOR_CORE_SUM * halves + mostOutliers(tokens, dim) + 28);
+  const chain = gamma(
+    PAGE_TOKENS + 2 * parts + TENSOR_CORE_SUM * halves + outlierRoundings(tokens, dim) + 28,
+  );
   const magnitude = valueMagnitude(head, run);
 
   const bound = new Float64Array(dim);
@@ -131,12 +138,13 @@ function numberOfParts(head: ReferenceHead, tokens: readonly CachedToken[]): num
   return new Set(tokens.map(({ position }) => Math.floor(head.tokenIndex(position) / PAGE_TOKENS))).size + 2;
 }
 
-/** Outliers that are added to one channel of the output, at most. */
-function mostOutliers(tokens: readonly CachedToken[], dim: number): number {
+/** Roundings of the outliers that are added to one channel of the output, at most. */
+function outlierRoundings(tokens: readonly CachedToken[], dim: number): number {
   const counts = new Uint32Array(dim);
   for (const { value } of tokens)
     if (value.kind === 'token') for (const { channel } of value.token.outliers ?? []) counts[channel]!++;
-  return counts.reduce((a, b) => max(a, b), 0);
+  const most = counts.reduce((a, b) => max(a, b), 0);
+  return most > 0 ? most + 8 : 0;
 }
 
 /** Error of q·k̂ before the softmax scale, worst case and standard deviation. */
@@ -288,7 +296,17 @@ function foldsScale({ bits, group }: TensorSpec): boolean {
   return bits !== 16 && group !== 'tokens32';
 }
 
-/** [headDim] error of the 16-bit weights of step 4, in the model's space. */
+/** Magnitude of the largest outlier of a page's values, tokens that a query does not see included. */
+function largestOutlier(head: ReferenceHead, page: number): number {
+  let largest = 0;
+  for (const { position, value } of head.tokens)
+    if (value.kind === 'token' && Math.floor(head.tokenIndex(position) / PAGE_TOKENS) === page)
+      for (const { valueBits } of value.token.outliers ?? [])
+        largest = max(largest, abs(fromHalfBits(valueBits)));
+  return largest;
+}
+
+/** [headDim] error of the 16-bit weights of step 4 and of outliers summed as integers, in the model's space. */
 function weightRounding(head: ReferenceHead, { tokens, probabilities }: HeadAttention) {
   const { headDim: dim, value: spec } = head.scheme;
   const worst = new Float64Array(dim);
@@ -299,7 +317,7 @@ function weightRounding(head: ReferenceHead, { tokens, probabilities }: HeadAtte
     const page = Math.floor(head.tokenIndex(position) / PAGE_TOKENS);
     pages.set(page, [...(pages.get(page) ?? []), j]);
   });
-  for (const members of pages.values()) {
+  for (const [page, members] of pages) {
     const levels = members.map((j) => levelsOf(tokens[j]!.value, spec, dim));
     for (let c = 0; c < dim; c++) {
       const weights = members.map(
@@ -314,6 +332,15 @@ function weightRounding(head: ReferenceHead, { tokens, probabilities }: HeadAtte
         variance[c]! += (step * reach) ** 2 / 12;
       });
     }
+    const largest = largestOutlier(head, page);
+    if (largest === 0) continue;
+    const step = (max(...members.map((j) => probabilities[j]!)) * largest) / OUTLIER_UNITS;
+    for (const { added } of levels)
+      added.forEach((a, c) => {
+        if (a === 0) return;
+        worst[c]! += step / 2;
+        variance[c]! += step ** 2 / 12;
+      });
   }
   return {
     worst: head.valuesRotate() ? magnitudeHadamard(worst) : worst,

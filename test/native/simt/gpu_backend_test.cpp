@@ -209,6 +209,95 @@ TEST("attention on integer tensor cores: every route, rows, masks, removed token
   }
 }
 
+/// Other outlier rows in all pages, as a scheme would leave them that chooses by a threshold: tokens with
+/// none, tokens with many, no more in a page than before. Values of slot `huge` are beyond all others.
+void make_uneven(const Sequence& sequence, std::uint64_t seed, int huge) {
+  const CacheConfig& config = sequence.cache().config();
+  const LayerScheme& scheme = config.schemes[0];
+  const PageLayout layout(scheme.k, scheme.v, config.head_dim);
+  const LayerState& state = sequence.layer_state(0);
+  check::Random random(seed);
+  for (const auto& table : state.pages)
+    for (std::size_t p = 0; p < table.size(); ++p)
+      for (const TensorLayout& tensor : {layout.k, layout.v}) {
+        if (!table[p] || tensor.spec.outliers == 0) continue;
+        const OutlierLayout rows = tensor.outliers();
+        const int used = stored_slots(tensor.value ? state.reach.v : state.reach.k, static_cast<int>(p));
+        std::vector<std::uint8_t> section(rows.bytes());
+        // The first rows are as they were; in the first page all but the last one.
+        int first = 0, even = p == 0 ? kPageTokens - 1 : random.below(kPageTokens);
+        for (int slot = 0; slot < used; ++slot) {
+          std::vector<Outlier> row;
+          const int most = std::min(rows.capacity - first, 2 * tensor.spec.outliers + 3);
+          const int count = slot < even ? tensor.spec.outliers : p == 0 ? 0 : random.below(most + 1);
+          for (int i = 0, c = random.below(5); i < count; ++i, c += 1 + random.below(5))
+            row.push_back({c, half_bits(tensor.value && slot == huge ? 60000.0f : 4.0f * random.normal())});
+          put_outlier_row(section.data(), rows, slot, first, row.data(), count);
+          first += count;
+        }
+        CHECK(outliers_valid(section.data(), rows, used, config.head_dim));
+        const std::size_t to = (tensor.value ? layout.v_at() : layout.k_at()) + tensor.outliers_at();
+        sequence.cache().backend().copy_memory(table[p]->bytes.data() + to, section.data(), section.size());
+      }
+}
+
+TEST("rows of outliers may be of any length") {
+  const auto sparse = [](int bits, Mode mode, int outliers) {
+    return TensorSpec{bits, Group::kToken, mode, outliers};
+  };
+  std::vector<LayerScheme> schemes;
+  for (const auto& [k, v] : {std::pair{1, 1}, {2, 3}, {8, 8}}) {
+    schemes.push_back(scheme_of(sparse(4, Mode::kMidRise, k), sparse(4, Mode::kMidRise, v)));
+    schemes.push_back(scheme_of(sparse(3, Mode::kZeroLevel, k), sparse(2, Mode::kAsymmetric, v)));
+  }
+  const auto schedules = simt::schedules();
+  for (std::size_t i = 0; i < schemes.size(); ++i) {
+    simt::use(schedules[i % schedules.size()]);
+    CacheConfig config = config_of({schemes[i]}, 128, 1);
+    config.query_heads = i % 4 < 2 ? 3 : 8;
+    const Tokens tokens = tokens_of(config, 330, 21);
+    std::vector<Job> cpu(1), gpu(1);
+    cpu[0].sequence = filled(cache_of(config), tokens, 330);
+    gpu[0].sequence = filled(gpu_cache(config), tokens, 330);
+    const int huge = 10;
+    make_uneven(*cpu[0].sequence, i, huge);
+    make_uneven(*gpu[0].sequence, i, huge);
+    check::Random random(5);
+    add_queries(config, 1, random, cpu[0], gpu[0]);
+    CHECK_WITH(agree(cpu, gpu, 1, true), "scheme " + std::to_string(i));
+    // Without them the sums are finer, in every page.
+    std::vector<int> positions{7, 150, 151};
+    for (int page = 0; page < 3; ++page) positions.push_back(schemes[i].sink + page * kPageTokens + huge);
+    for (const auto* jobs : {&cpu, &gpu}) jobs->front().sequence->remove(0, 0, positions);
+    CHECK_WITH(agree(cpu, gpu, 1, true), "removed tokens, scheme " + std::to_string(i));
+    CHECK(simt::take_reports().empty());
+  }
+}
+
+TEST("tasks of several pages: states, blocks of keys and sums of outliers from one page to the next") {
+  LayerScheme blocks = calibrated(64, 1),
+              rows = scheme_of({4, Group::kToken, Mode::kMidRise, 2}, {4, Group::kToken, Mode::kMidRise, 1});
+  blocks.basis[0].order = {};  // not with error feedback
+  blocks.basis[0].metric = blocks.basis[0].feedback = blocks.basis[0].pivot = {};
+  blocks.k.outliers = 1;
+  blocks.v.outliers = 2;
+  const auto schedules = simt::schedules();
+  std::size_t turn = 0;
+  for (const LayerScheme& scheme : {calibrated(64, 1), blocks, rows}) {
+    simt::use(schedules[++turn]);
+    CacheConfig config = config_of({scheme}, 64, 1);
+    config.query_heads = 3;
+    const int length = 37 * kPageTokens + 50;  // more than 32 pages: two of them a task
+    std::vector<Job> cpu(1), gpu(1);
+    cpu[0].sequence = filled(cache_of(config), tokens_of(config, length, 31), length);
+    gpu[0].sequence = loaded(gpu_cache(config), saved(*cpu[0].sequence));
+    check::Random random(9);
+    add_queries(config, 1, random, cpu[0], gpu[0]);
+    CHECK_WITH(agree(cpu, gpu, 1, true), "scheme " + std::to_string(turn));
+    CHECK(simt::take_reports().empty());
+  }
+}
+
 TEST("the table of routes holds every scheme that names its kernel, and nothing twice") {
   const auto backend = gpu_backend();
   const auto fast = [&](const TensorSpec& k, const TensorSpec& v, int head_dim) {
