@@ -30,7 +30,8 @@ export const cuda: Command = {
   },
   notes:
     'One decode step of one layer: 32 query heads over 8 KV heads of 128 channels, windows of 32 + 96 tokens, the L2 cache\n' +
-    'overwritten before every call. Kernels are timed with events; copies of arguments and results are not in the times.',
+    'overwritten before every call. Kernels are timed with events; copies of arguments and results are not in the times.\n' +
+    '"o1" in a name: the largest number of each key and value is kept apart, 1 of 128 channels or 0.78 %.',
   run(values: Values) {
     const out = text(values, 'out');
     const from = text(values, 'from');

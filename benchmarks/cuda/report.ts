@@ -139,7 +139,8 @@ export function renderCudaReport(report: CudaReport): string {
       `${shape.headDim} channels, windows of ${windows.sink} + ${windows.recent} tokens in 16 bits. Times are of the ` +
       `kernels alone, medians of ${report.repeats} with their quartiles, after ${(report.flushBytes / 2 ** 20).toFixed(0)} MiB ` +
       'were written over the L2 cache. GB/s counts what the sequences hold (codes, scales, zero points, windows). Filled ' +
-      `for speed: ${report.filling}.`,
+      `for speed: ${report.filling}. "o1" in a name: the largest number of each key and value is kept apart, ` +
+      `1 of ${shape.headDim} or ${(100 / shape.headDim).toFixed(2)} %.`,
     '',
     table(
       ['scheme', 'batch', 'context', 'µs', 'quartiles', 'GB/s', 'of copy', 'over fp16'],

@@ -93,6 +93,16 @@ inline std::vector<NamedScheme> compared_schemes() {
   all.push_back({"innerq-base", innerq});
   innerq.v = {2, Group::kTokens32, Mode::kHybrid};
   all.push_back({"innerq-hybrid", innerq});
+  for (const int bits : {4, 3, 2})
+    for (const int outliers : {0, 1}) {  // 1 of 128: 0.78 %
+      const TensorSpec spec{bits, Group::kToken, Mode::kMidRise, outliers};
+      LayerScheme scheme = plain(spec, spec);
+      scheme.hadamard_k = scheme.hadamard_v = scheme.unbiased_v = scheme.online_mean = true;
+      scheme.stat_tokens = 128;
+      scheme.clip_k = scheme.clip_v = clip(bits);
+      const std::string size = std::to_string(bits) + (outliers > 0 ? "o" + std::to_string(outliers) : "");
+      all.push_back({"rotated-k" + size + "v" + size, std::move(scheme)});
+    }
   return all;
 }
 

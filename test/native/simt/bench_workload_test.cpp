@@ -13,7 +13,7 @@ TEST("copied pages attend alike on CPU and GPU, a part of the batch like a batch
     void after() override { ++ended; }
   } watch;
   for (const auto& [name, scheme] : bench::compared_schemes()) {
-    if (name != "fp16" && name != "calibrated-k4v4" && name != "innerq-hybrid")
+    if (name != "fp16" && name != "calibrated-k4v4" && name != "innerq-hybrid" && name != "rotated-k2o1v2o1")
       continue;  // emulation is slow
     const std::size_t budget = std::size_t{1} << 28;
     const auto device = std::make_shared<gpu::GpuBackend>();
