@@ -1,4 +1,7 @@
-/** The schemes that ship: how keys and values become few bits. docs/format.md says what each field does. */
+/**
+ * The schemes that ship: how keys and values become few bits. docs/format.md says what each field does.
+ * Long file: every scheme's options and defaults, and their names.
+ */
 import { invalid } from '../errors';
 import { basisDeriver } from './basis';
 import { flaw, misfit, readMoments, type HeadMoments, type Moments } from './moments';

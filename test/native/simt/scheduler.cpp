@@ -1,5 +1,6 @@
 // Launches, schedules, barriers and warp operations. Compiled without ThreadSanitizer's
 // instrumentation: this is the machine, not the program.
+// Long file: one machine, whose parts take turns.
 #include <sys/mman.h>
 
 #include <algorithm>
