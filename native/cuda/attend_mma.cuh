@@ -226,8 +226,8 @@ struct MmaAttention {
       for (int unit = 0; unit < K::kUnits; ++unit) scores[unit][n] += sums[unit];
     }
   }
+  /// In the places that this lane has read.
   INNERKV_DEVICE void give_probabilities(const float (&p)[K::kUnits][NT]) const {
-    __syncwarp();  // the scores' sums have been read
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll

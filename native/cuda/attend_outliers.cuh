@@ -56,10 +56,10 @@ struct OutlierPart {
       for (int c = 0; c < D; c += 32) s.sums[r][c + lane] = 0;
   }
 
-  /// Sends for the sections of a page; nobody reads the last one's any more.
+  /// Sends for the sections of a page. Those of the last one were read before a __syncwarp() of key_sums() or
+  /// value_sums(), and the last block's queries, too.
   INNERKV_DEVICE void fetch(const std::uint8_t* k_there, const std::uint8_t* v_there) const {
     const int k_bytes = rule.k_outliers.bytes, bytes = k_bytes + rule.v_outliers.bytes;
-    __syncwarp();
 #pragma unroll 1
     for (int i = 16 * lane; i < bytes; i += 16 * 32)
       ptx::cp_async_16(k_section() + i, i < k_bytes ? k_there + i : v_there + (i - k_bytes));
@@ -76,7 +76,6 @@ struct OutlierPart {
     const float4* rows[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) rows[r] = reinterpret_cast<const float4*>(prepared + row_of(r) * D);
-    __syncwarp();  // the last block's have been read
 #pragma unroll 1
     for (int quad = lane; quad < D / 4; quad += 32)
 #pragma unroll
