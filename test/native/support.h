@@ -218,7 +218,11 @@ class Recorder {
       const std::uint8_t* section = base + t.outliers_at();
       const int last = t.spec.outliers > 0 ? outlier_start(section, t.outliers(), slot + 1) : 0;
       put(last);
-      for (int i = last - t.spec.outliers; i < last; ++i) put(outlier_at(section, t.outliers(), i));
+      for (int i = last - t.spec.outliers; i < last; ++i) {
+        const Outlier outlier = outlier_at(section, t.outliers(), i);
+        put(outlier.index);  // one by one: a struct's padding is anything
+        put(outlier.value);
+      }
     }
     put(zeros);
   }
