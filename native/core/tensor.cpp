@@ -46,6 +46,12 @@ std::string text_of(const TensorName& name, std::size_t index, float value) {
 
 }  // namespace
 
+void check_alignment(const void* memory, bool on_device, const std::string& name) {
+  if (on_device && reinterpret_cast<std::uintptr_t>(memory) % kTensorAlign != 0)
+    throw Error(ErrorCode::kInvalidArgument,
+                name + " must be aligned to " + std::to_string(kTensorAlign) + " bytes on the device.");
+}
+
 NotFinite::NotFinite(const TensorName& name, std::size_t index, float value)
     : Error(ErrorCode::kNotFinite, text_of(name, index, value)), tensor_(name.name), value_(value) {
   const Place place(name, index);

@@ -55,6 +55,14 @@ struct Target {
 /// Of device tensors that calls read or write: what kernels load and store at once.
 inline constexpr std::size_t kTensorAlign = 32;
 
+/// Throws for memory on the device that is not aligned so.
+void check_alignment(const void* memory, bool on_device, const std::string& name);
+
+/// Does a device tensor have to be converted or searched before it can be used as what is wanted?
+inline bool needs_intake(const TensorView& tensor, Dtype as) {
+  return tensor.on_device && !(tensor.finite && tensor.dtype == as);
+}
+
 /// How a tensor is called and laid out, for the text of errors: [tokens, heads, channels], or heads first.
 struct TensorName {
   std::string name;
