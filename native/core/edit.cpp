@@ -135,8 +135,10 @@ void Sequence::restore(const Checkpoint& point) noexcept {
       for (std::size_t i = 0; i < counts.size(); ++i) {
         Page* page = table[table.size() - counts.size() + i].get();
         if (!page) continue;
-        page->k_zero_count = counts[i].k;
-        page->v_zero_count = counts[i].v;
+        // Both counts are enough for what is in use; after truncation the saved one may be the larger, whose
+        // extents an append gave back.
+        page->k_zero_count = std::min(page->k_zero_count, counts[i].k);
+        page->v_zero_count = std::min(page->v_zero_count, counts[i].v);
         give_back_extents(*page);
       }
     }

@@ -33,6 +33,28 @@ TEST("restore() after appends leaves bits, memory and everything that follows as
   }
 }
 
+TEST("restore() after truncation: pages may have held more extents of zero points than they need") {
+  for (const Family& family : families()) {
+    const Tokens tokens = tokens_of(family.config, 500, 1), others = tokens_of(family.config, 500, 2);
+    const auto cache = cache_of(family.config);
+    for (const int left : {20, 70, 135, 170})
+      for (const int added : {1, 40, 200}) {
+        const auto sequence = filled(cache, tokens, 300);
+        sequence->truncate(left);
+        const Bytes before = contents(*sequence);
+        const Checkpoint point = sequence->checkpoint(added);
+        append(*sequence, others, 0, added);
+        sequence->restore(point);
+        CHECK_WITH(contents(*sequence) == before, family.name);
+        const auto fork = sequence->fork(), again = loaded(cache, saved(*sequence));
+        for (Sequence* one : {fork.get(), sequence.get(), again.get()}) append(*one, tokens, 0, 300);
+        CHECK_WITH(contents(*fork) == contents(*again) && contents(*sequence) == contents(*again),
+                   family.name);
+      }
+    CHECK(cache->pool().used_bytes() == 0);
+  }
+}
+
 TEST("restore() never touches a fork that shares pages") {
   for (const Family& family : families()) {
     const Tokens tokens = tokens_of(family.config, 400, 1), others = tokens_of(family.config, 400, 2);
