@@ -189,7 +189,7 @@ class Batch {
         view.sink_v = moved(view.sink_v);
         view.ring_k = moved(view.ring_k);
         view.ring_v = moved(view.ring_v);
-        view.pages = pages_[at(s * kKvHeads + head)].data();
+        view.table = &pages_[at(s * kKvHeads + head)];
         view.tokens = context;
         view.k_quantised = view.v_quantised = stored_tokens(context);
         heads.push_back(view);
@@ -235,8 +235,8 @@ class Batch {
 
   std::shared_ptr<Cache> cache_;
   std::unique_ptr<Sequence> source_;
-  std::vector<Slot> windows_;                              // [batch]
-  std::vector<std::vector<std::shared_ptr<Page>>> pages_;  // [batch * kv_heads][pages]
+  std::vector<Slot> windows_;     // [batch]
+  std::vector<PageTable> pages_;  // [batch * kv_heads]
   std::vector<float> q_, out_;
 };
 

@@ -35,29 +35,42 @@ void reserve_extents(Pool& pool, const TensorLayout& tensor, std::vector<Slot>& 
     extents.push_back(pool.take(2 * kZeroExtent));
 }
 
-/// The extents a page had before a call reserved more. A page may hold more than it needs, after truncation.
-struct HeldExtents {
-  Page* page;
-  std::size_t k, v;
+/// A page that a call writes to, and what it held before. It may hold more extents than it needs, after
+/// truncation.
+struct PageWrite {
+  PageTable* table;
+  std::size_t entry;  // of the table, or one behind its end
+  std::shared_ptr<Page> page;
+  std::size_t k_extents, v_extents;
   int k_count, v_count;
-  explicit HeldExtents(Page& of)
-      : page(&of),
-        k(of.k_zeros.size()),
-        v(of.v_zeros.size()),
-        k_count(of.k_zero_count),
-        v_count(of.v_zero_count) {}
-  void restore() const {
-    page->k_zeros.resize(k);
-    page->v_zeros.resize(v);
+  PageWrite(PageTable& of, std::size_t at_entry, std::shared_ptr<Page> own)
+      : table(&of),
+        entry(at_entry),
+        page(std::move(own)),
+        k_extents(page->k_zeros.size()),
+        v_extents(page->v_zeros.size()),
+        k_count(page->k_zero_count),
+        v_count(page->v_zero_count) {}
+  void undo() const noexcept {
+    page->k_zeros.resize(k_extents);
+    page->v_zeros.resize(v_extents);
     page->k_zero_count = k_count;
     page->v_zero_count = v_count;
   }
+  /// The slots are those of new keys. `table` has room.
+  void commit(int first_slot, int slots) noexcept {
+    bool changed = false;
+    for (int slot = first_slot; slot < first_slot + slots; ++slot) {
+      changed |= page->is_removed(slot);
+      page->removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
+    }
+    give_back_extents(*page);
+    changed |= page->k_zeros.size() != k_extents || page->v_zeros.size() != v_extents;
+    if (entry == table->size()) return table->push_back(std::move(page));
+    if (changed) table->changed(entry);
+    table->set(entry, std::move(page));
+  }
 };
-
-void clear_removed(Page& page, int first, int count) {
-  for (int slot = first; slot < first + count; ++slot)
-    page.removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
-}
 
 /// Outlier rows 0 ... rows - 1 with entries that add nothing.
 void put_empty_outliers(Backend& backend, const TensorLayout& tensor, std::uint8_t* base, int rows) {
@@ -190,8 +203,7 @@ void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_
             end_page = ceil_div(std::max(reach.k, reach.v), kPageTokens);
   const bool writes = reach.k > state.reach.k || reach.v > state.reach.v;
   std::vector<QuantiseJob> jobs;
-  std::vector<std::vector<std::shared_ptr<Page>>> pages(at(heads));
-  std::vector<HeldExtents> before;
+  std::vector<PageWrite> written;
   std::vector<RowCopy> copies;
   copies.reserve(6 * at(heads));  // sink and two pieces of the ring, K and V
   if (writes) {
@@ -201,19 +213,12 @@ void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_
           const int begin = page * kPageTokens, end = begin + kPageTokens;
           const int k_first = std::clamp(state.reach.k, begin, end), k_end = std::clamp(reach.k, begin, end);
           const int v_first = std::clamp(state.reach.v, begin, end), v_end = std::clamp(reach.v, begin, end);
-          const auto& table = state.pages[at(head)];
-          std::shared_ptr<Page> held = page < static_cast<int>(table.size()) ? table[at(page)] : nullptr;
-          if (k_first == k_end && v_first == v_end) {
-            pages[at(head)].push_back(std::move(held));
-            continue;
-          }
-          const std::shared_ptr<Page> shared = held;
-          held.reset();
-          // `shared` is one extra holder besides the table.
-          std::shared_ptr<Page> own = shared && shared.use_count() == 2 ? shared : own_page(shared, scheme);
-          if (!shared) mark_removed(backend, layout, *own, k_first - begin);
-          pages[at(head)].push_back(own);
-          before.emplace_back(*own);
+          if (k_first == k_end && v_first == v_end) continue;
+          PageTable& table = state.pages[at(head)];
+          const std::shared_ptr<Page> none, &held = at(page) < table.size() ? table[at(page)] : none;
+          const std::shared_ptr<Page> own = own_page(held, scheme);
+          if (!held) mark_removed(backend, layout, *own, k_first - begin);
+          written.emplace_back(table, at(page), own);
           own->k_zero_count =
               count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
           own->v_zero_count =
@@ -233,24 +238,17 @@ void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_
                           value_source[at(head)]};
           jobs.push_back(job);
         }
-      for (auto& table : state.pages) table.reserve(at(end_page));
+      for (PageTable& table : state.pages) table.reserve(at(end_page));
       backend.quantise(config, jobs, cache_->rotations());  // into slots that nobody reads yet
     } catch (...) {
-      for (const HeldExtents& held : before) held.restore();
+      for (const PageWrite& one : written) one.undo();
       throw;
     }
   }
 
   // From here on nothing fails.
   if (fresh_windows) state.windows = std::move(fresh_windows);
-  for (const QuantiseJob& job : jobs) clear_removed(*job.page, job.k_first, job.k_count);
-  for (const QuantiseJob& job : jobs) give_back_extents(*job.page);
-  for (int head = 0; head < heads && writes; ++head) {
-    auto& table = state.pages[at(head)];
-    table.resize(at(std::max(end_page, static_cast<int>(table.size()))));
-    for (int page = first_page; page < end_page; ++page)
-      table[at(page)] = std::move(pages[at(head)][at(page - first_page)]);
-  }
+  for (std::size_t i = 0; i < jobs.size(); ++i) written[i].commit(jobs[i].k_first, jobs[i].k_count);
   state.online = std::move(online);
 
   const int total = state.tokens + tokens, ring = scheme.ring_tokens();

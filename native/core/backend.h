@@ -19,13 +19,15 @@
 
 #include "../platform.h"
 #include "config.h"
+#include "page_table.h"
 #include "pool.h"
 #include "rotation.h"
 #include "tensor.h"
 
 namespace innerkv {
 
-/// 128 consecutive token indices of one KV head of one layer.
+/// 128 consecutive token indices of one KV head of one layer. Several tables may show it; then nobody changes
+/// it.
 struct Page {
   Slot bytes;                          // PageLayout
   std::uint64_t removed[2] = {0, 0};   // bit per slot: evicted by hand
@@ -38,12 +40,11 @@ struct Page {
 /// One KV head of one layer of one sequence, as attention sees it.
 struct HeadView {
   const LayerScheme* scheme = nullptr;
-  const Basis* basis = nullptr;  // nullptr: keys are stored as they came
-  const std::shared_ptr<Page>* pages =
-      nullptr;                           // [n_pages]; an entry is null when all its tokens were removed
-  int tokens = 0;                        // appended tokens, windows included
-  int sink = 0;                          // tokens of the sink window in use
-  int k_quantised = 0, v_quantised = 0;  // token indices below live in pages
+  const Basis* basis = nullptr;                              // nullptr: keys are stored as they came
+  const PageTable* table = nullptr;                          // may show more pages than these tokens need
+  int tokens = 0;                                            // appended tokens, windows included
+  int sink = 0;                                              // tokens of the sink window in use
+  int k_quantised = 0, v_quantised = 0;                      // token indices below live in pages
   const std::uint16_t *sink_k = nullptr, *sink_v = nullptr;  // [sink][D] binary16
   const std::uint16_t *ring_k = nullptr,
                       *ring_v = nullptr;  // [ring][D] binary16, token index t at row t % ring

@@ -48,7 +48,7 @@ void Sequence::truncate_layer(LayerState& state, const LayerScheme& scheme, int 
   }
   state.removed = 0;
   for (auto& table : state.pages) {
-    table.resize(at(ceil_div(std::max(reach.k, reach.v), kPageTokens)));
+    table.truncate(at(ceil_div(std::max(reach.k, reach.v), kPageTokens)));
     for (std::size_t i = 0; i < table.size(); ++i) {
       const int stored = std::min(kPageTokens, reach.k - static_cast<int>(i) * kPageTokens);
       for (int slot = 0; slot < stored; ++slot) state.removed += !table[i] || table[i]->is_removed(slot);
@@ -130,16 +130,17 @@ void Sequence::restore(const Checkpoint& point) noexcept {
     if (state.tokens == saved.tokens) continue;
     for (int head = 0; head < config.kv_heads; ++head) {
       auto& table = state.pages[at(head)];
-      table.resize(saved.pages[at(head)]);
+      table.truncate(saved.pages[at(head)]);
       const auto& counts = saved.open_pages[at(head)];
       for (std::size_t i = 0; i < counts.size(); ++i) {
-        Page* page = table[table.size() - counts.size() + i].get();
-        if (!page) continue;
+        const std::size_t entry = table.size() - counts.size() + i;
+        Page* page = table[entry].get();
+        if (!page || table[entry].use_count() > 1) continue;  // as it was, or shared by a later fork
         // Both counts are enough for what is in use; after truncation the saved one may be the larger, whose
         // extents an append gave back.
         page->k_zero_count = std::min(page->k_zero_count, counts[i].k);
         page->v_zero_count = std::min(page->v_zero_count, counts[i].v);
-        give_back_extents(*page);
+        if (give_back_extents(*page)) table.changed(entry);
       }
     }
     state.tokens = saved.tokens;
@@ -195,7 +196,7 @@ void Sequence::replace(int layer, int position, const TensorView& k_given, const
   }
   cache_->backend().quantise(config, jobs, cache_->rotations());
   for (int head = 0; head < config.kv_heads; ++head)
-    state.pages[at(head)][at(page)] = std::move(own[at(head)]);
+    state.pages[at(head)].set(at(page), std::move(own[at(head)]));
 }
 
 void Sequence::remove(int layer, int head, std::span<const int> positions) {
@@ -223,14 +224,16 @@ void Sequence::remove(int layer, int head, std::span<const int> positions) {
     }
   for (Change& change : changes) {
     Page& page = *change.own;
+    PageTable& table = state.pages[at(change.head)];
     for (const int token : tokens)
       if (token / kPageTokens == change.page && !page.is_removed(token % kPageTokens)) {
         page.removed[token % kPageTokens / 64] |= std::uint64_t{1} << (token % 64);
         ++state.removed;
+        table.changed(at(change.page));
       }
     const bool full = std::min(state.reach.k, state.reach.v) >= (change.page + 1) * kPageTokens;
     const bool empty = full && ~page.removed[0] == 0 && ~page.removed[1] == 0;
-    state.pages[at(change.head)][at(change.page)] = empty ? nullptr : std::move(change.own);
+    table.set(at(change.page), empty ? nullptr : std::move(change.own));
   }
 }
 

@@ -448,8 +448,8 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
     const int k_slots = slots_of(state.reach.k, i), v_slots = slots_of(state.reach.v, i);
     intact(present == 1 || (present == 0 && removable), "a page is missing");
     auto& table = state.pages[at(head)];
-    table.push_back(nullptr);
     if (!present) {
+      table.push_back(nullptr);
       state.removed += at(k_slots);
       continue;
     }
@@ -481,7 +481,7 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
     };
     page->k_zero_count = zeros(layout.k, stored.data() + layout.k_at(), page->k_zeros, k_slots);
     page->v_zero_count = zeros(layout.v, stored.data() + layout.v_at(), page->v_zeros, v_slots);
-    table.back() = std::move(page);
+    table.push_back(std::move(page));
   }
   intact(in.empty(), "a part is too long");
 }

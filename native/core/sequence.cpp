@@ -127,7 +127,7 @@ HeadView Sequence::view(int layer, int head) const {
   const Windows w = windows(state, scheme, head);
   return {&scheme,
           basis(state, scheme, head),
-          state.pages[at(head)].data(),
+          &state.pages[at(head)],
           state.tokens,
           std::min(state.tokens, state.reach.sink),
           state.reach.k,
@@ -161,7 +161,8 @@ void Sequence::read_back(int layer, int head, float* k, float* v) const {
       continue;
     }
     const int slot = token % kPageTokens, page = token / kPageTokens;
-    Page* held = token < std::max(view.k_quantised, view.v_quantised) ? view.pages[page].get() : nullptr;
+    Page* held =
+        token < std::max(view.k_quantised, view.v_quantised) ? (*view.table)[at(page)].get() : nullptr;
     if (slot == 0 && held) {
       const auto slots = [&](int quantised) { return std::clamp(quantised - token, 0, kPageTokens); };
       decode_page(

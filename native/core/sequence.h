@@ -19,10 +19,10 @@ struct Reach {
 struct LayerState {
   int tokens = 0;
   Reach reach;
-  Slot windows;                                           // empty until the first append
-  std::vector<std::vector<std::shared_ptr<Page>>> pages;  // [kv_heads][pages]
-  std::shared_ptr<const std::vector<Basis>> online;       // statistics of the sequence's own first tokens
-  std::size_t removed = 0;                                // tokens removed by hand, over all heads
+  Slot windows;                                      // empty until the first append
+  std::vector<PageTable> pages;                      // [kv_heads]
+  std::shared_ptr<const std::vector<Basis>> online;  // statistics of the sequence's own first tokens
+  std::size_t removed = 0;                           // tokens removed by hand, over all heads
 };
 
 /// What append() may overwrite, so that it can be undone to the bit. Lives no longer than the sequence.

@@ -11,10 +11,12 @@ inline std::size_t at(int i) { return static_cast<std::size_t>(i); }
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-/// The extents that a page's zero points leave empty go back to the pool.
-inline void give_back_extents(Page& page) {
+/// The extents that a page's zero points leave empty go back to the pool. Were there any?
+inline bool give_back_extents(Page& page) {
+  const std::size_t held = page.k_zeros.size() + page.v_zeros.size();
   page.k_zeros.resize(at(ceil_div(page.k_zero_count, kZeroExtent)));
   page.v_zeros.resize(at(ceil_div(page.v_zero_count, kZeroExtent)));
+  return page.k_zeros.size() + page.v_zeros.size() != held;
 }
 
 }  // namespace innerkv

@@ -202,11 +202,13 @@ class HeadAttention {
     if (nothing_visible(head_.sink + first, count)) return hide_logits(head_.sink + first, count);
     const int k_stored = std::clamp(head_.k_quantised - first, 0, count),
               v_stored = std::clamp(head_.v_quantised - first, 0, count);
-    const Page* page = k_stored > 0 || v_stored > 0 ? head_.pages[tile].get() : nullptr;
+    const Page* page =
+        k_stored > 0 || v_stored > 0 ? (*head_.table)[static_cast<std::size_t>(tile)].get() : nullptr;
     const int next = first + kPageTokens;
-    ahead_.start(
-        next < std::min(head_.k_quantised, head_.v_quantised) ? head_.pages[tile + 1].get() : nullptr,
-        layout_.bytes(), kStepsPerRow * task_.rows);
+    ahead_.start(next < std::min(head_.k_quantised, head_.v_quantised)
+                     ? (*head_.table)[static_cast<std::size_t>(tile) + 1].get()
+                     : nullptr,
+                 layout_.bytes(), kStepsPerRow * task_.rows);
     if (k_stored > 0) {
       if (page)
         stored_scores(*page, tile, k_stored);

@@ -281,7 +281,8 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   for (const AttendRequest& request : requests)
     for (const HeadView& view : request.heads)
       for (int p = 0; p < pages_of(view); ++p, ++pages)
-        if (view.pages[p]) extents += view.pages[p]->k_zeros.size() + view.pages[p]->v_zeros.size();
+        if (const Page* held = (*view.table)[at(p)].get())
+          extents += held->k_zeros.size() + held->v_zeros.size();
   Upload upload(pages_, Upload::room<PageArgs>(pages) + Upload::room<const std::uint16_t*>(extents));
   PageArgs* page_args;
   const std::uint16_t** extent_args;
@@ -312,7 +313,7 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
       head.pages = pages_there + page;
       for (int p = 0; p < count; ++p, ++page) {
         PageArgs& args = page_args[page] = {};
-        const Page* held = view.pages[p].get();
+        const Page* held = (*view.table)[at(p)].get();
         if (!held) continue;
         args.k = held->bytes.data() + layout.k_at();
         args.v = held->bytes.data() + layout.v_at();

@@ -69,7 +69,7 @@ inline Numbers numbers_of(const HeadView& view, const TensorLayout& layout, std:
   for (int t = quantised; t < view.tokens - view.sink; ++t)
     put_raw(all, view.sink + t, D, (value ? view.ring_v : view.ring_k) + t % view.ring * D);
   for (int first = 0; first < quantised; first += kPageTokens) {
-    const Page* page = view.pages[first / kPageTokens].get();
+    const Page* page = (*view.table)[at(first / kPageTokens)].get();
     const int slots = std::min(kPageTokens, quantised - first);
     const std::uint8_t* base = page ? page->bytes.data() + base_at : nullptr;
     const auto half_at = [&](std::size_t from, int index) {
@@ -309,7 +309,7 @@ struct Head {
       std::vector<int> many(at(D));
       for (int t = first; t < end; ++t) {
         const int j = view.sink + t;
-        const Page* page = view.pages[first / kPageTokens].get();
+        const Page* page = (*view.table)[at(first / kPageTokens)].get();
         if (!page || page->is_removed(t - first)) continue;
         likeliest = std::max(likeliest, p[j]);
         for (int c = 0; c < D; ++c) {

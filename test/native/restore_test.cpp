@@ -69,6 +69,15 @@ TEST("restore() never touches a fork that shares pages") {
     CHECK_WITH(contents(*fork) == before && contents(*sequence) == before, family.name);
     append(*fork, others, 0, 90);
     CHECK_WITH(contents(*sequence) == before, family.name);
+    // Nor one that was made after the appends.
+    const Checkpoint again = sequence->checkpoint(200);
+    append(*sequence, others, 0, 200);
+    const auto later = sequence->fork();
+    const Bytes then = contents(*later);
+    sequence->restore(again);
+    CHECK_WITH(contents(*later) == then && contents(*sequence) == before, family.name);
+    append(*sequence, tokens, 0, 60);
+    CHECK_WITH(contents(*later) == then, family.name);
   }
 }
 

@@ -203,7 +203,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   for (float& x : q) x = half_value(source.half()) * (flags & 32 ? 1e-3f : 1.0f);
   HeadView view;
   view.scheme = &config.schemes[0];
-  view.pages = &page;
+  PageTable table;
+  table.push_back(page);
+  view.table = &table;
   view.tokens = tokens;
   view.k_quantised = k_slots;
   view.v_quantised = v_slots;
