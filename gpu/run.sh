@@ -71,7 +71,7 @@ run_build() {
   step configure 30 configure || return
   # The programs that need the GPU first, so that a slow machine has those.
   step build 130 cmake --build "$build" -j "$cores" --target innerkv ptx_golden gpu_backend_gpu_test \
-    attend_half_gpu_test gpu_products_gpu_test gpu_model_gpu_test innerkv_cuda_bench ||
+    recording_gpu_test attend_half_gpu_test gpu_products_gpu_test gpu_model_gpu_test innerkv_cuda_bench ||
     return
   mkdir -p build/Release && cp "$build/innerkv.node" build/Release/
   step build-native-tests 90 cmake --build "$build" -j "$cores"
@@ -86,6 +86,7 @@ jest() {
 
 run_test() {
   lines=2 step ptx_golden 20 "$build/ptx_golden"
+  lines=8 step recording 5 "$build/recording_gpu_test"
   lines=8 step gpu_backend 50 "$build/gpu_backend_gpu_test"
   lines=8 step attend_half 30 "$build/attend_half_gpu_test"
   lines=12 step gpu_products 20 "$build/gpu_products_gpu_test"

@@ -1,6 +1,8 @@
 #include <atomic>
 #include <cstring>
+#include <new>
 #include <string>
+#include <vector>
 
 #include "../core/error.h"
 #include "device.h"
@@ -39,10 +41,6 @@ void* allocate(std::size_t bytes) {
               "The GPU refused " + std::to_string(bytes) + " bytes: " + text_of(error) + ".");
 }
 
-void release(void* memory) noexcept {
-  if (memory) note(cudaFree(memory));
-}
-
 bool owns(const void* memory) {
   cudaPointerAttributes attributes{};
   if (cudaPointerGetAttributes(&attributes, memory) != cudaSuccess) {
@@ -50,14 +48,6 @@ bool owns(const void* memory) {
     return false;
   }
   return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
-}
-
-void clear(void* memory, std::size_t bytes) noexcept { note(cudaMemsetAsync(memory, 0, bytes, stream())); }
-
-void copy(void* to, const void* from, std::size_t bytes) noexcept {
-  if (bytes == 0) return;
-  note(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()));
-  if (!owns(to)) note(cudaStreamSynchronize(stream()));
 }
 
 void* allocate_pinned(std::size_t bytes) {
@@ -74,29 +64,43 @@ void release_pinned(void* memory) noexcept {
   if (memory) note(cudaFreeHost(memory));
 }
 
+namespace raw {
+
+void release(void* memory) noexcept {
+  if (memory) note(cudaFree(memory));
+}
+
+void clear(void* memory, std::size_t bytes) noexcept { note(cudaMemsetAsync(memory, 0, bytes, stream())); }
+
+void copy(void* to, const void* from, std::size_t bytes) noexcept {
+  if (bytes == 0) return;
+  note(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()));
+  if (!owns(to)) note(cudaStreamSynchronize(stream()));
+}
+
 void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
   if (bytes > 0) note(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream()));
 }
 
-Mark::~Mark() {
-  if (event_) note(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+void forget(void* event) noexcept {
+  if (event) note(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
 }
 
-void Mark::set() noexcept {
-  if (!event_) {
+void set(void*& event) noexcept {
+  if (!event) {
     cudaEvent_t made = nullptr;
     if (const cudaError_t error = cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
         error != cudaSuccess) {
       note(error);
       return synchronize();  // then there is nothing to wait for
     }
-    event_ = made;
+    event = made;
   }
-  note(cudaEventRecord(static_cast<cudaEvent_t>(event_), stream()));
+  note(cudaEventRecord(static_cast<cudaEvent_t>(event), stream()));
 }
 
-void Mark::wait() noexcept {
-  if (event_) note(cudaEventSynchronize(static_cast<cudaEvent_t>(event_)));
+void wait(void* event) noexcept {
+  if (event) note(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
 }
 
 void synchronize() noexcept { note(cudaStreamSynchronize(stream())); }
@@ -116,6 +120,87 @@ void order(cudaStream_t first, cudaStream_t second) noexcept {
 
 void follow(cudaStream_t other) noexcept { order(other, stream()); }
 void lead(cudaStream_t other) noexcept { order(stream(), other); }
+
+}  // namespace raw
+
+namespace {
+
+class CudaGraph final : public Graph {
+ public:
+  ~CudaGraph() override {
+    if (ready_) note(cudaGraphExecDestroy(ready_));
+    if (graph_) note(cudaGraphDestroy(graph_));
+  }
+  cudaError_t make(const PinnedCopy& copy, std::span<const KernelNode> nodes, const std::byte* parameters) {
+    cudaError_t error = cudaGraphCreate(&graph_, 0);
+    cudaGraphNode_t last = nullptr;
+    if (copy.bytes > 0 && error == cudaSuccess) {
+      error = cudaGraphAddMemcpyNode1D(&copy_, graph_, nullptr, 0, copy.to, copy.from, copy.bytes,
+                                       cudaMemcpyHostToDevice);
+      last = copy_;
+    }
+    for (const KernelNode& node : nodes) {
+      if (error != cudaSuccess) return error;
+      const Parameters given(node, parameters);
+      cudaGraphNode_t fresh = nullptr;
+      error = cudaGraphAddKernelNode(&fresh, graph_, &last, last ? 1 : 0, &given.of_kernel);
+      kernels_.push_back(last = fresh);
+    }
+    return error == cudaSuccess ? cudaGraphInstantiate(&ready_, graph_, 0) : error;
+  }
+  cudaError_t set(const PinnedCopy& copy) override {
+    return forgotten(cudaGraphExecMemcpyNodeSetParams1D(ready_, copy_, copy.to, copy.from, copy.bytes,
+                                                        cudaMemcpyHostToDevice));
+  }
+  cudaError_t set(std::size_t index, const KernelNode& node, const std::byte* parameters) override {
+    const Parameters given(node, parameters);
+    return forgotten(cudaGraphExecKernelNodeSetParams(ready_, kernels_[index], &given.of_kernel));
+  }
+  cudaError_t launch() override { return forgotten(cudaGraphLaunch(ready_, stream())); }
+
+ private:
+  struct Parameters {
+    std::vector<void*> each;
+    cudaKernelNodeParams of_kernel{};
+    Parameters(const KernelNode& node, const std::byte* parameters) {
+      for (std::size_t i = 0; i < node.layout->count; ++i)  // CUDA reads them only
+        each.push_back(const_cast<std::byte*>(parameters + node.at + node.layout->offsets[i]));
+      of_kernel.func = reinterpret_cast<void*>(node.kernel);
+      of_kernel.gridDim = node.grid;
+      of_kernel.blockDim = node.block;
+      of_kernel.sharedMemBytes = static_cast<unsigned>(node.shared_bytes);
+      of_kernel.kernelParams = each.data();
+    }
+    Parameters(const Parameters&) = delete;
+  };
+  /// The caller does without the graph, so later calls must not trip over the error.
+  static cudaError_t forgotten(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+  }
+
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t ready_ = nullptr;
+  cudaGraphNode_t copy_ = nullptr;
+  std::vector<cudaGraphNode_t> kernels_;
+};
+
+}  // namespace
+
+std::unique_ptr<Graph> make_graph(const PinnedCopy& copy, std::span<const KernelNode> nodes,
+                                  const std::byte* parameters) noexcept {
+  try {
+    auto graph = std::make_unique<CudaGraph>();
+    if (graph->make(copy, nodes, parameters) == cudaSuccess) return graph;
+    cudaGetLastError();
+  } catch (const std::bad_alloc&) {  // as when the device refuses
+  }
+  return nullptr;
+}
+
+bool same_parameters(const std::byte* a, const std::byte* b, std::size_t bytes) noexcept {
+  return std::memcmp(a, b, bytes) == 0;
+}
 
 std::string objection(const void* memory, std::size_t bytes) {
   int current = 0;

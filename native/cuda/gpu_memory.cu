@@ -8,6 +8,7 @@
 #include "device.h"
 #include "gpu_backend.h"
 #include "mirrors.h"
+#include "recording.h"
 #include "transfer.cuh"
 
 namespace innerkv::gpu {
@@ -86,8 +87,18 @@ void DeviceBuffer::fetch(void* to, const std::uint8_t* from, std::size_t bytes) 
   if (bytes > 0) std::memcpy(to, here, bytes);
 }
 
-Upload::Upload(DeviceBuffer& buffer, std::size_t capacity)
-    : buffer_(buffer), device_(buffer.reserve(capacity)), host_(buffer.host(capacity)), capacity_(capacity) {}
+Upload::Upload(DeviceBuffer& buffer, std::size_t capacity) : buffer_(buffer), capacity_(capacity) {
+  if (Recording* open = Recording::open(); open && open->room(capacity, &host_, &device_)) {
+    recording_ = open;
+    return;
+  }
+  device_ = buffer.reserve(capacity);
+  host_ = buffer.host(capacity);
+}
+
+Upload::~Upload() {
+  if (recording_) recording_->filled();
+}
 
 std::size_t Upload::place(std::size_t bytes) {
   const std::size_t place = used_;
@@ -96,7 +107,10 @@ std::size_t Upload::place(std::size_t bytes) {
   return place;
 }
 
-void Upload::flush() { buffer_.send(used_); }
+void Upload::flush() {
+  if (!recording_) return buffer_.send(used_);
+  std::exchange(recording_, nullptr)->filled();
+}
 
 void Download::add(void* to, const void* from, std::size_t bytes) {
   if (bytes > 0) parts_.push_back({to, static_cast<const std::uint8_t*>(from), bytes});
@@ -160,11 +174,14 @@ const std::uint16_t* GpuBackend::stage(int place, const std::uint16_t* numbers, 
 }
 
 void GpuBackend::copy_rows(std::span<const RowCopy> copies, int row) noexcept {
-  constexpr std::size_t kBatch = kCopyBytes / sizeof(RowCopy);
-  auto* there = reinterpret_cast<RowCopy*>(copies_.reserve(kCopyBytes));
+  constexpr std::size_t kBatch = (kCopyBytes - Upload::room<RowCopy>(0)) / sizeof(RowCopy);
   for (std::size_t first = 0; first < copies.size(); first += kBatch) {
     const auto batch = copies.subspan(first, std::min(kBatch, copies.size() - first));
-    copies_.put(batch.data(), sizeof(RowCopy) * batch.size());
+    Upload upload(copies_, Upload::room<RowCopy>(batch.size()));
+    RowCopy* here;
+    const RowCopy* there = upload.add(batch.size(), &here);
+    std::copy(batch.begin(), batch.end(), here);
+    upload.flush();
     int rows = 1;
     for (const RowCopy& copy : batch) rows = std::max(rows, copy.rows);
     launches_begin();

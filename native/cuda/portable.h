@@ -52,19 +52,16 @@ INNERKV_DEVICE void expect_block() {
   __builtin_assume(blockDim.x == kThreads && blockDim.y == 1 && blockDim.z == 1);
 }
 
-/// Enqueues a kernel; arguments are converted to its parameters' types. Dynamic shared memory beyond 48 KiB
-/// is asked for here.
-template <class... P, class... A>
-inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
-                          cudaStream_t stream, A&&... arguments) {
-  static_assert(sizeof...(P) == sizeof...(A), "a kernel is launched with all its arguments");
-  if (shared_bytes > std::size_t{48} << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(std::forward<A>(arguments))...);
+/// Dynamic shared memory beyond 48 KiB has to be asked for, once per kernel.
+inline cudaError_t allow_shared(const void* kernel, std::size_t bytes) {
+  if (bytes <= std::size_t{48} << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class... P>
+inline cudaError_t enqueue(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                           cudaStream_t stream, const P&... arguments) {
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
 
@@ -97,12 +94,34 @@ inline void expect_block(CallSite where = CallSite::here()) {
   simt::expect_block(kThreads, where);
 }
 
-template <class... P, class... A>
-inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t,
-                          A&&... arguments) {
-  static_assert(sizeof...(P) == sizeof...(A), "a kernel is launched with all its arguments");
-  return simt::launch(CallSite::here(), kernel, grid, block, shared_bytes, std::forward<A>(arguments)...);
+inline cudaError_t allow_shared(const void*, std::size_t) { return cudaSuccess; }
+
+template <class... P>
+inline cudaError_t enqueue(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                           cudaStream_t, const P&... arguments) {
+  return simt::launch(CallSite::here(), kernel, grid, block, shared_bytes, arguments...);
 }
 
 }  // namespace innerkv
 #endif
+
+#include "launch_list.h"
+
+namespace innerkv {
+
+/// Enqueues a kernel, or puts it down where a list is open; arguments are converted to its parameters' types.
+template <class... P, class... A>
+inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                          cudaStream_t stream, A&&... arguments) {
+  static_assert(sizeof...(P) == sizeof...(A), "a kernel is launched with all its arguments");
+  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes))
+    return error;
+  if (!LaunchList::open)
+    return enqueue<P...>(kernel, grid, block, shared_bytes, stream,
+                         static_cast<P>(std::forward<A>(arguments))...);
+  LaunchList::open->add<P...>(kernel, grid, block, shared_bytes,
+                              static_cast<P>(std::forward<A>(arguments))...);
+  return cudaSuccess;
+}
+
+}  // namespace innerkv

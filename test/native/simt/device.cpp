@@ -4,6 +4,7 @@
 // a mark is waited for, and the source of a copy to the device that changes before that is a mistake.
 #include "cuda/device.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -21,7 +22,7 @@
 #endif
 
 namespace simt {
-int allocations_left = std::numeric_limits<int>::max();
+int allocations_left = std::numeric_limits<int>::max(), graphs_refused = -1;
 std::size_t bytes_to_host = 0;
 std::vector<std::string> device_log, device_mistakes;
 }  // namespace simt
@@ -86,16 +87,31 @@ void* allocate(std::size_t bytes) {
   return memory;
 }
 
-void release(void* memory) noexcept {
-  if (!memory) return;
-  regions.erase(static_cast<const std::uint8_t*>(memory));
-  simt::device_free(memory);
-}
-
 bool owns(const void* memory) {
   const auto* byte = static_cast<const std::uint8_t*>(memory);
   const auto after = regions.upper_bound(byte);
   return after != regions.begin() && byte < std::prev(after)->first + std::prev(after)->second;
+}
+
+void* allocate_pinned(std::size_t bytes) {
+  count_allocation(bytes);
+  auto* memory = new std::uint8_t[bytes];
+  pinned[memory] = bytes;
+  return memory;
+}
+
+void release_pinned(void* memory) noexcept {
+  if (!memory) return;
+  pinned.erase(static_cast<const std::uint8_t*>(memory));
+  delete[] static_cast<std::uint8_t*>(memory);
+}
+
+namespace raw {
+
+void release(void* memory) noexcept {
+  if (!memory) return;
+  regions.erase(static_cast<const std::uint8_t*>(memory));
+  simt::device_free(memory);
 }
 
 void clear(void* memory, std::size_t bytes) noexcept {
@@ -116,19 +132,6 @@ void copy(void* to, const void* from, std::size_t bytes) noexcept {
     std::memcpy(to, passing.data(), bytes);
 }
 
-void* allocate_pinned(std::size_t bytes) {
-  count_allocation(bytes);
-  auto* memory = new std::uint8_t[bytes];
-  pinned[memory] = bytes;
-  return memory;
-}
-
-void release_pinned(void* memory) noexcept {
-  if (!memory) return;
-  pinned.erase(static_cast<const std::uint8_t*>(memory));
-  delete[] static_cast<std::uint8_t*>(memory);
-}
-
 void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
   const bool to_host = !owns(to);
   if (to_host) simt::bytes_to_host += bytes;
@@ -147,16 +150,15 @@ void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
   late.push_back({host, std::move(passing), to_host});
 }
 
-Mark::~Mark() { delete static_cast<std::size_t*>(event_); }
+void forget(void* event) noexcept { delete static_cast<std::size_t*>(event); }
 
-void Mark::set() noexcept {
-  if (!event_) event_ = new std::size_t;
-  *static_cast<std::size_t*>(event_) = first_late + late.size();
+void set(void*& event) noexcept {
+  if (!event) event = new std::size_t;
+  *static_cast<std::size_t*>(event) = first_late + late.size();
 }
 
-void Mark::wait() noexcept {
-  if (event_ && *static_cast<std::size_t*>(event_) > finished)
-    finish_until(*static_cast<std::size_t*>(event_));
+void wait(void* event) noexcept {
+  if (event && *static_cast<std::size_t*>(event) > finished) finish_until(*static_cast<std::size_t*>(event));
 }
 
 void synchronize() noexcept {
@@ -166,6 +168,67 @@ void synchronize() noexcept {
 
 void follow(cudaStream_t) noexcept { simt::device_log.push_back("follow"); }
 void lead(cudaStream_t) noexcept { simt::device_log.push_back("lead"); }
+
+}  // namespace raw
+
+namespace {
+
+/// Keeps its own copy of everything, as a GPU does: what nobody has set again is replayed as it was.
+class EmulatedGraph final : public Graph {
+ public:
+  EmulatedGraph(const PinnedCopy& copy, std::span<const KernelNode> nodes, const std::byte* parameters)
+      : copy_(copy) {
+    for (const KernelNode& node : nodes) {
+      Kernel& kernel = kernels_.emplace_back();
+      kernel.bytes.resize(node.layout->bytes);
+      take(kernel, node, parameters);
+    }
+  }
+  cudaError_t set(const PinnedCopy& copy) override {
+    if (simt::graphs_refused-- == 0) return cudaErrorUnknown;
+    copy_ = copy;
+    return cudaSuccess;
+  }
+  cudaError_t set(std::size_t index, const KernelNode& node, const std::byte* parameters) override {
+    if (simt::graphs_refused-- == 0) return cudaErrorUnknown;
+    Kernel& kernel = kernels_[index];
+    if (node.kernel != kernel.node.kernel || node.layout != kernel.node.layout) return cudaErrorInvalidValue;
+    take(kernel, node, parameters);
+    return cudaSuccess;
+  }
+  cudaError_t launch() override {
+    if (simt::graphs_refused-- == 0) return cudaErrorUnknown;
+    raw::copy_later(copy_.to, copy_.from, copy_.bytes);
+    for (const Kernel& kernel : kernels_)
+      note(kernel.node.layout->enqueue(kernel.node, kernel.bytes.data(), stream()));
+    return cudaSuccess;
+  }
+
+ private:
+  struct Kernel {
+    KernelNode node;
+    std::vector<std::byte> bytes;
+  };
+  static void take(Kernel& kernel, const KernelNode& node, const std::byte* parameters) {
+    kernel.node = node;
+    std::copy_n(parameters + node.at, kernel.bytes.size(), kernel.bytes.begin());
+  }
+  PinnedCopy copy_;
+  std::vector<Kernel> kernels_;
+};
+
+}  // namespace
+
+std::unique_ptr<Graph> make_graph(const PinnedCopy& copy, std::span<const KernelNode> nodes,
+                                  const std::byte* parameters) noexcept {
+  if (simt::graphs_refused-- == 0) return nullptr;
+  return std::make_unique<EmulatedGraph>(copy, nodes, parameters);
+}
+
+bool same_parameters(const std::byte* a, const std::byte* b, std::size_t bytes) noexcept {
+  return same_bytes(
+      a, {reinterpret_cast<const std::uint8_t*>(b), reinterpret_cast<const std::uint8_t*>(b) + bytes});
+}
 
 std::string objection(const void* memory, std::size_t bytes) {
   const auto* byte = static_cast<const std::uint8_t*>(memory);

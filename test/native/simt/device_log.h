@@ -11,6 +11,9 @@ namespace simt {
 /// Allocations of device and pinned memory that still succeed.
 extern int allocations_left;
 
+/// How many makings, changes and launches of graphs succeed before one is refused; negative: all do.
+extern int graphs_refused;
+
 /// Copied from the device to the host.
 extern std::size_t bytes_to_host;
 
