@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
+#include <string_view>
 #include <utility>
 
 #include "../core/error.h"
@@ -100,6 +102,8 @@ void GpuModel::load() {
 
 GpuModel::GpuModel(std::shared_ptr<const Model> model, std::unique_ptr<Cublas> cublas)
     : model_(std::move(model)), cublas_(std::move(cublas)) {
+  const char* graphs = std::getenv("INNERKV_CUDA_GRAPHS");
+  graphs_ = !graphs || std::string_view(graphs) != "0";
   try {
     load();
   } catch (...) {
@@ -170,6 +174,7 @@ void GpuModel::begin(const Round& round) {
   place(counting, rows_);
   Room room(rows_memory_.reserve(counting.used()));
   place(room, rows_);
+  if (graphs_ && rows_ <= kFewTokens && !observe_) recording_.begin();
 
   const std::size_t angles = round.cos.size();
   Upload upload(uploads_,
@@ -243,6 +248,7 @@ void GpuModel::multiply_many(const ProductArgs& product, int rows) {
   for (int first = 0; first < matrix.rows; first += panel_rows_) {
     const int count = std::min(panel_rows_, matrix.rows - first);
     check(dequantise_halves(matrix, first, count, panel_, x_.stride, device::stream()), "Unpacking weights");
+    device::flush();  // cuBLAS knows nothing of recordings
     if (!cublas_ || !cublas_->multiply(panel_, x_.halves, count, rows, x_.stride, sums_))
       check(multiply_halves(panel_, x_.halves, count, rows, x_.stride, sums_, device::stream()),
             "Multiplying weights");
@@ -350,6 +356,7 @@ void GpuModel::score(const ScoreRows& scored) {
 }
 
 void GpuModel::end() {
+  recording_.end();
   int layer = 0;
   device::copy(&layer, first_bad_, sizeof layer);
   check(cudaSuccess, "A forward pass");

@@ -1,7 +1,8 @@
 // A model on a GPU: weights and everything between two attentions. Host code only, like gpu_backend.h.
 //
 // Rows of activations stay on the device from the lookup of embeddings to the logits; the host waits for the
-// device when it takes logits, losses or observed rows, and at the end of a round.
+// device when it takes logits, losses or observed rows, and at the end of a round. Rounds of few tokens are
+// recorded (recording.h); INNERKV_CUDA_GRAPHS=0 keeps them from it.
 #pragma once
 
 #include <memory>
@@ -11,9 +12,10 @@
 
 #include "../model/device.h"
 #include "../model/model.h"
+#include "buffers.h"
 #include "cublas.h"
-#include "gpu_backend.h"
 #include "products.h"
+#include "recording.h"
 
 namespace innerkv::gpu {
 
@@ -33,6 +35,9 @@ class GpuModel final : public ModelDevice {
   /// The host does not wait for them.
   double product_seconds() const override { return 0; }
   void end() override;
+  void cancel() noexcept override { recording_.end(); }
+  /// Of the kernels of decoding steps.
+  const Recording::Counts& recorded() const { return recording_.counts(); }
 
  private:
   struct Layer {
@@ -59,7 +64,7 @@ class GpuModel final : public ModelDevice {
   MatrixArgs embed_, head_;
   const float* norm_ = nullptr;
 
-  bool bytes_ = true, observe_ = false;
+  bool bytes_ = true, observe_ = false, graphs_;
   int rows_ = 0;
   DeviceBuffer rows_memory_, uploads_;
   // Device memory of the current round, [rows] each:
@@ -71,6 +76,7 @@ class GpuModel final : public ModelDevice {
   int *first_bad_ = nullptr, *targets_ = nullptr;
   int panel_rows_ = 0;
   std::vector<float> observed_rows_;
+  Recording recording_;
 };
 
 }  // namespace innerkv::gpu

@@ -52,7 +52,7 @@ inline Error not_finite_in(int layer) {
 }
 
 /// A model on a device. A round is begin(), for every layer heads() and finish(), any number of score(),
-/// end(). Everything may throw; the round is then over. Not for two threads at once.
+/// end(). Everything may throw; the round is then over with cancel(). Not for two threads at once.
 class ModelDevice {
  public:
   virtual ~ModelDevice() = default;
@@ -71,6 +71,8 @@ class ModelDevice {
   virtual double product_seconds() const = 0;
   /// Throws Error{kNotFinite} when a key or value of this round was beyond binary16, if heads() has not.
   virtual void end() = 0;
+  /// Instead of end(), after anything has thrown.
+  virtual void cancel() noexcept {}
 };
 
 }  // namespace innerkv

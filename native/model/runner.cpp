@@ -89,6 +89,7 @@ void Runner::forward(std::span<const ForwardItem> items, const ForwardOptions& o
       times_.products += device_->product_seconds();
     }
   } catch (...) {
+    device_->cancel();
     for (std::size_t i = 0; i < items.size(); ++i) items[i].sequence->restore(points[i]);
     throw;
   }

@@ -374,6 +374,7 @@ class Meddling final : public ModelDevice {
   void finish(int layer) override { device_->finish(layer); }
   void score(const ScoreRows& rows) override { device_->score(rows); }
   void end() override { device_->end(); }
+  void cancel() noexcept override { device_->cancel(); }
 
  private:
   std::unique_ptr<ModelDevice> device_;
@@ -477,6 +478,107 @@ TEST("no memory at the n-th allocation: sequences are as they were, and the next
   CHECK(refused >= 2);  // the round's memory, its uploads, and what the cache needs
   CHECK(untouched.forward(gpu, nullptr) == -1);
   CHECK(pair.bytes() == untouched.bytes());
+  CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
+}
+
+/// Logits of `steps` steps of a batch of two behind `first` and 2 tokens, and the sequences' bytes after
+/// them.
+std::pair<std::vector<float>, std::vector<Bytes>> decode(const Side& side, const LayerScheme& scheme,
+                                                         int first, int steps) {
+  const int vocabulary = side.model->config().vocabulary;
+  const auto cache = side.cache(scheme);
+  const auto a = cache->sequence(), b = cache->sequence();
+  for (auto [sequence, count] : {std::pair{a.get(), first}, {b.get(), 2}}) {
+    const Tokens tokens = tokens_of(cache->config(), count, 5);
+    for (int layer = 0; layer < cache->config().layers; ++layer) append(*sequence, tokens, 0, count, layer);
+  }
+  std::vector<float> logits(at(2 * steps * vocabulary));
+  for (int i = 0; i < steps; ++i) {
+    const std::int32_t next[] = {(i * 11 + 5) % vocabulary, (i * 7 + 1) % vocabulary};
+    float* const row = logits.data() + 2 * i * vocabulary;
+    ForwardItem batch[] = {{a.get(), {next, 1}, row, 1, {}, nullptr},
+                           {b.get(), {next + 1, 1}, row + vocabulary, 1, {}, nullptr}};
+    side.runner->forward(batch, options_of(true), nullptr, nullptr);
+  }
+  return {std::move(logits), {saved(*a), saved(*b)}};
+}
+
+/// A side whose recordings can be counted.
+struct Counted {
+  Side side;
+  const gpu::GpuModel* device;
+  explicit Counted(const std::shared_ptr<const Model>& model)
+      : side{model, std::make_shared<CpuBackend>(1, nullptr), gpu_backend(), nullptr} {
+    auto made = std::make_unique<gpu::GpuModel>(model, nullptr);
+    device = made.get();
+    side.runner = std::make_unique<Runner>(model, std::move(made), side.cpu->pool());
+  }
+  const gpu::Recording::Counts& counts() const { return device->recorded(); }
+};
+
+struct WithoutGraphs {
+  WithoutGraphs() { setenv("INNERKV_CUDA_GRAPHS", "0", 1); }
+  ~WithoutGraphs() { unsetenv("INNERKV_CUDA_GRAPHS"); }
+};
+
+/// Small, because emulation is slow.
+Shape small_shape() {
+  Shape shape;
+  shape.type = TensorType::kQ8_0;
+  shape.hidden = shape.intermediate = 64;
+  shape.query_heads = 2;
+  shape.kv_heads = 1;
+  shape.head_dim = 32;
+  return shape;
+}
+
+TEST("a decoding step is one graph, with the bits of kernels enqueued one by one") {
+  const auto model = random_model(small_shape());
+  struct Case {
+    LayerScheme scheme;
+    int first, steps;
+  };
+  // Windows fill and pages begin; a page is full and the next begins; 32 values at a time, counts come back.
+  const Case cases[] = {
+      {scheme_of({2, Group::kToken, Mode::kMidRise}, {2, Group::kToken, Mode::kMidRise}, 2, 3), 1, 14},
+      {scheme_of({4, Group::kToken, Mode::kMidRise, 1}, {4, Group::kToken, Mode::kMidRise}, 0, 2), 126, 14},
+      {scheme_of({3, Group::kToken, Mode::kMidRise}, {2, Group::kTokens32, Mode::kHybrid}, 2, 4), 34, 8}};
+  for (const Case& one : cases) {
+    const Counted graphs(model);
+    const auto found = decode(graphs.side, one.scheme, one.first, one.steps);
+    const gpu::Recording::Counts counts = graphs.counts();
+    if (std::getenv("INNERKV_SHOW"))
+      std::printf("alone %zu, made %zu, launched %zu, set %zu\n", counts.alone, counts.made, counts.launched,
+                  counts.set);
+    const auto plain = [&] {
+      const WithoutGraphs off;
+      const Counted none(model);
+      const auto expected = decode(none.side, one.scheme, one.first, one.steps);
+      CHECK(none.counts().alone == 0 && none.counts().launched == 0);
+      return expected;
+    }();
+    CHECK(same_bits(found.first, plain.first));
+    CHECK(found.second == plain.second);
+    // All but the steps that do something for the first time; parameters stay but where a grid grows.
+    if (&one == &cases[0]) CHECK(counts.launched >= 9 && counts.set == 0);
+    if (&one == &cases[1]) CHECK(counts.launched >= 10 && counts.set > 0);
+    CHECK(counts.launched > counts.made && counts.made > 0);
+  }
+  CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
+}
+
+TEST("a device that refuses graphs, or to launch one, still decodes") {
+  const auto model = random_model(small_shape());
+  const LayerScheme scheme =
+      scheme_of({2, Group::kToken, Mode::kMidRise}, {2, Group::kToken, Mode::kMidRise}, 2, 3);
+  const auto expected = decode(Counted(model).side, scheme, 5, 7);
+  for (const int granted : {0, 1, 2, 5}) {
+    const Counted counted(model);
+    simt::graphs_refused = granted;
+    const auto found = decode(counted.side, scheme, 5, 7);
+    simt::graphs_refused = -1;
+    CHECK(same_bits(found.first, expected.first) && found.second == expected.second);
+  }
   CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
 }
 
