@@ -2,7 +2,8 @@
 //
 //   TEST("a sentence that is true") { CHECK(...); }    in a program whose main() returns check::run("name",
 //   argc, argv)
-// An argument runs only the tests whose sentence contains it.
+// An argument runs only the tests whose sentence contains it; "--part=2/3" the second, fifth, eighth ... of
+// all, so that the parts 1/3, 2/3 and 3/3 together are the whole program.
 #pragma once
 
 #include <atomic>
@@ -53,9 +54,23 @@ inline bool add(const char* sentence, void (*body)()) {
   return true;
 }
 
+/// Of test number `index` (from 0) in "2/3"; what is no part of anything holds nothing, and the program
+/// fails.
+inline bool in_part(std::size_t index, const char* part) {
+  unsigned which = 0, of = 0;
+  int end = 0;
+  if (std::sscanf(part, "%u/%u%n", &which, &of, &end) != 2 || part[end] != '\0') return false;
+  return which >= 1 && which <= of && index % of == which - 1;
+}
+
 inline int run(const char* name, int argc, char** argv) {
-  for (const Test& test : tests()) {
-    if (argc > 1 && !std::strstr(test.sentence, argv[1])) continue;
+  static const char kPart[] = "--part=";
+  constexpr std::size_t kPartLength = sizeof kPart - 1;
+  const bool in_parts = argc > 1 && !std::strncmp(argv[1], kPart, kPartLength);
+  for (std::size_t i = 0; i < tests().size(); ++i) {
+    const Test& test = tests()[i];
+    if (in_parts ? !in_part(i, argv[1] + kPartLength) : argc > 1 && !std::strstr(test.sentence, argv[1]))
+      continue;
     const int passed_before = passed, failed_before = failed;
     const auto begin = std::chrono::steady_clock::now();
     try {
