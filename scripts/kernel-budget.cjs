@@ -1,25 +1,29 @@
 'use strict';
-// Compiles every kernel and holds registers, shared memory and stack of each against native/cuda/budget.json; spilled
-// registers and warnings always fail. usage: node scripts/kernel-budget.cjs [--all] [--archs 80,90] [--jobs N] [--update]
-// --all: every architecture of a release; --update writes the table instead of comparing. Exit code 77 without nvcc.
+// Compiles every kernel for every architecture of a release, as CMakeLists.txt does, and holds registers, shared memory
+// and stack of each against native/cuda/budget.json; spilled registers and warnings always fail.
+// usage: node scripts/kernel-budget.cjs [--jobs N] [--update]
+// --update writes the table instead of comparing. Exit code 77 without nvcc.
 const { execFile, spawnSync } = require('node:child_process');
 const { existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } = require('node:fs');
 const { availableParallelism, tmpdir } = require('node:os');
 const { basename, join } = require('node:path');
 const { parseArgs } = require('node:util');
 
-const RELEASED = ['80', '86', '89', '90', '100', '120'];
 const root = join(__dirname, '..');
 const tablePath = join(root, 'native', 'cuda', 'budget.json');
 const { values: given } = parseArgs({
   options: {
-    all: { type: 'boolean' },
-    archs: { type: 'string', default: '80,90' },
     jobs: { type: 'string', default: String(availableParallelism()) },
     update: { type: 'boolean' },
   },
 });
-const archs = given.all ? RELEASED : given.archs.split(',');
+/** The architectures whose machine code comes from one PTX: [{ ptx: '80', archs: ['80', '86', ...] }, ...]. */
+const groups = [
+  ...readFileSync(join(root, 'CMakeLists.txt'), 'utf8').matchAll(
+    /-gencode=arch=compute_(\d+),code=\[([\w,]+)\]/g,
+  ),
+].map(([, ptx, code]) => ({ ptx, archs: [...code.matchAll(/sm_(\d+)/g)].map(([, arch]) => arch) }));
+const archs = groups.flatMap((group) => group.archs);
 const home = process.env.CUDA_HOME ?? process.env.CUDA_PATH;
 const nvcc = home && existsSync(join(home, 'bin', 'nvcc')) ? join(home, 'bin', 'nvcc') : 'nvcc';
 if (spawnSync(nvcc, ['--version']).status !== 0) {
@@ -30,23 +34,24 @@ if (spawnSync(nvcc, ['--version']).status !== 0) {
 const folder = mkdtempSync(join(tmpdir(), 'kernel-budget-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 
-/** The flags of CMakeLists.txt that reach device code. */
-function compile(source, arch) {
+/** With the flags of CMakeLists.txt that reach device code. */
+function compile(source, { ptx, archs }) {
   const flags = ['-std=c++20', '--fmad=false', '-lineinfo', '-Werror', 'all-warnings', '-Xptxas', '-v'];
-  const out = join(folder, `${basename(source)}.${arch}.cubin`);
+  const code = archs.map((arch) => `sm_${arch}`).join(',');
   const args = [
     ...flags,
     '-I',
     join(root, 'native'),
-    `-arch=sm_${arch}`,
-    '-cubin',
+    `-gencode=arch=compute_${ptx},code=[${code}]`,
+    '--compress-mode=none',
+    '--fatbin',
     '-o',
-    out,
+    join(folder, `${basename(source)}.${ptx}.fatbin`),
     join(root, source),
   ];
   return new Promise((resolve) =>
     execFile(nvcc, args, { maxBuffer: 2 ** 26 }, (error, stdout, stderr) =>
-      resolve({ source, arch, failed: error !== null, text: stdout + stderr }),
+      resolve({ source, code, failed: error !== null, text: stdout + stderr }),
     ),
   );
 }
@@ -54,9 +59,10 @@ function compile(source, arch) {
 /** What ptxas -v said of each kernel. */
 function kernelsOf(text) {
   const pattern =
-    /Compiling entry function '(\w+)'[^\n]*\n[^\n]*Function properties[^\n]*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers([^\n]*)/g;
-  return [...text.matchAll(pattern)].map(([, mangled, stack, stores, loads, registers, rest]) => ({
+    /Compiling entry function '(\w+)' for 'sm_(\d+)'\n[^\n]*Function properties[^\n]*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n[^\n]*Used (\d+) registers([^\n]*)/g;
+  return [...text.matchAll(pattern)].map(([, mangled, arch, stack, stores, loads, registers, rest]) => ({
     mangled,
+    arch,
     stack: Number(stack),
     spilled: Number(stores) + Number(loads),
     registers: Number(registers),
@@ -82,7 +88,7 @@ function readable(names) {
 
 async function main() {
   const sources = readdirSync(join(root, 'native', 'cuda')).filter((name) => name.endsWith('.cu'));
-  const waiting = archs.flatMap((arch) => sources.map((name) => [join('native', 'cuda', name), arch]));
+  const waiting = groups.flatMap((group) => sources.map((name) => [join('native', 'cuda', name), group]));
   const results = [];
   const work = async () => {
     for (let next = waiting.shift(); next; next = waiting.shift()) results.push(await compile(...next));
@@ -91,27 +97,29 @@ async function main() {
 
   const wrong = [];
   const found = {};
-  for (const { source, arch, failed, text } of results) {
+  for (const { source, code, failed, text } of results) {
     if (failed) {
       console.error(text);
-      wrong.push(`${source} does not compile for sm_${arch} without warnings`);
+      wrong.push(`${source} does not compile for ${code} without warnings`);
       continue;
     }
     const kernels = kernelsOf(text);
     const names = kernels.length ? readable(kernels.map(({ mangled }) => mangled)) : [];
-    kernels.forEach(({ registers, shared, stack, spilled }, i) => {
+    kernels.forEach(({ arch, registers, shared, stack, spilled }, i) => {
       if (spilled > 0) wrong.push(`${names[i]} spills ${spilled} bytes on sm_${arch}`);
       (found[names[i]] ??= {})[`sm_${arch}`] = { registers, shared, stack };
     });
   }
   const kernels = Object.keys(found).length;
   if (kernels === 0) wrong.push('no kernel was found: has the output of ptxas -v changed?');
+  for (const [name, of] of Object.entries(found))
+    for (const arch of archs) if (!of[`sm_${arch}`]) wrong.push(`${name} was not compiled for sm_${arch}`);
 
   const table = existsSync(tablePath) ? JSON.parse(readFileSync(tablePath, 'utf8')) : {};
   if (given.update) {
     const merged = Object.keys(found)
       .sort()
-      .map((name) => [name, { ...(given.all ? {} : table[name]), ...found[name] }]);
+      .map((name) => [name, found[name]]);
     // Sorted by architecture, one line each: the table is read in reviews.
     const rows = merged.map(([name, of]) => {
       const lines = Object.keys(of)
@@ -138,7 +146,7 @@ async function main() {
   }
   for (const line of wrong) console.error(`FAILED ${line}`);
   if (wrong.length > 0 && !given.update)
-    console.error('If this is wanted: node scripts/kernel-budget.cjs --all --update');
+    console.error('If this is wanted: node scripts/kernel-budget.cjs --update');
   console.log(`${kernels} kernels for ${archs.map((a) => `sm_${a}`).join(', ')}: ${wrong.length} failures`);
   process.exitCode = wrong.length > 0 ? 1 : 0;
 }
