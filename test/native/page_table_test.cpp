@@ -196,6 +196,8 @@ TEST("a table that nobody looks at for long asks for everything, and so does a f
   const auto fork = sequence->fork();
   const PageTable& forked = fork->layer_state(0).pages[0];
   CHECK(forked.all_stale() && !forked.mirror && !table.all_stale() && table.mirror);
+  const PageTable made = table;
+  CHECK(made.all_stale() && !made.mirror && made.size() == table.size());
   PageTable other;
   other.mirror = std::make_shared<Copy>();
   other.told();
