@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <string>
 
 #include "../numerics/half.h"
@@ -35,32 +36,35 @@ void reserve_extents(Pool& pool, const TensorLayout& tensor, std::vector<Slot>& 
     extents.push_back(pool.take(2 * kZeroExtent));
 }
 
-/// A page that a call writes to, and what it held before. It may hold more extents than it needs, after
-/// truncation.
+/// Slots of a page that a call writes to, and what the page held before. It may hold more extents than it
+/// needs, after truncation.
 struct PageWrite {
   PageTable* table;
   std::size_t entry;  // of the table, or one behind its end
   std::shared_ptr<Page> page;
+  int k_first, k_count;
   std::size_t k_extents, v_extents;
-  int k_count, v_count;
-  PageWrite(PageTable& of, std::size_t at_entry, std::shared_ptr<Page> own)
+  int k_zeros, v_zeros;
+  PageWrite(PageTable& of, std::size_t at_entry, std::shared_ptr<Page> own, int first_key, int keys)
       : table(&of),
         entry(at_entry),
         page(std::move(own)),
+        k_first(first_key),
+        k_count(keys),
         k_extents(page->k_zeros.size()),
         v_extents(page->v_zeros.size()),
-        k_count(page->k_zero_count),
-        v_count(page->v_zero_count) {}
+        k_zeros(page->k_zero_count),
+        v_zeros(page->v_zero_count) {}
   void undo() const noexcept {
     page->k_zeros.resize(k_extents);
     page->v_zeros.resize(v_extents);
-    page->k_zero_count = k_count;
-    page->v_zero_count = v_count;
+    page->k_zero_count = k_zeros;
+    page->v_zero_count = v_zeros;
   }
-  /// The slots are those of new keys. `table` has room.
-  void commit(int first_slot, int slots) noexcept {
+  /// The table has room.
+  void commit() noexcept {
     bool changed = false;
-    for (int slot = first_slot; slot < first_slot + slots; ++slot) {
+    for (int slot = k_first; slot < k_first + k_count; ++slot) {
       changed |= page->is_removed(slot);
       page->removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
     }
@@ -91,20 +95,6 @@ void mark_removed(Backend& backend, const PageLayout& layout, Page& page, int sl
   put_empty_outliers(backend, layout.v, page.bytes.data() + layout.v_at(), slots);
 }
 
-/// The first keys of every head on the host: [heads][tokens][D], gathered in one go.
-std::vector<std::uint16_t> first_keys(Cache& cache, std::span<const TokenSource> sources, int tokens) {
-  const int D = cache.config().head_dim;
-  std::vector<std::uint16_t> keys(sources.size() * at(tokens) * at(D));
-  const Spare together = cache.spare(2 * keys.size());
-  auto* next = reinterpret_cast<std::uint16_t*>(together.data());
-  std::vector<RowCopy> rows;
-  for (const TokenSource& source : sources)
-    for (int t = 0; t < tokens; ++t, next += D) rows.push_back({next, source.at_position(t), D, 1});
-  cache.backend().copy_rows(rows, D);
-  cache.backend().copy_memory(keys.data(), together.data(), 2 * keys.size());
-  return keys;
-}
-
 /// Statistics of the first tokens of a sequence, keys [stat_tokens][D]: docs/format.md section 5.
 Basis online_basis(const LayerScheme& scheme, const std::uint16_t* keys, int D) {
   Basis basis;
@@ -125,155 +115,255 @@ Basis online_basis(const LayerScheme& scheme, const std::uint16_t* keys, int D) 
   return basis;
 }
 
-}  // namespace
-
-/// k and v in device memory as binary16.
-Sequence::Staged Sequence::stage(const TensorView& k, const TensorView& v, int tokens) const {
-  const CacheConfig& config = cache_->config();
-  Backend& backend = cache_->backend();
-  const std::size_t numbers = at(tokens) * at(config.kv_heads) * at(config.head_dim);
-  const TensorView* given[] = {&k, &v};
-  const std::uint16_t* staged[2];
-  const char* names[] = {"k", "v"};
-  std::vector<Intake> intake;
-  for (const int i : {0, 1}) {
-    check_alignment(given[i]->data, given[i]->on_device, names[i]);
-    if (needs_intake(*given[i], Dtype::kF16))
-      intake.push_back({given[i]->data, given[i]->dtype, numbers, Dtype::kF16});
+void check_items(Cache& cache, int layer, std::span<const AppendItem> items) {
+  std::map<const Sequence*, std::size_t> seen;
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const AppendItem& item = items[i];
+    require(&item.sequence->cache() == &cache, "A sequence of another cache.");
+    const int held = item.sequence->tokens(layer);
+    require(item.tokens >= 0, "The number of tokens must not be negative.");
+    require(item.tokens <= std::numeric_limits<int>::max() / 2 - held,
+            "A sequence holds at most 2^30 tokens.");
+    if (const auto [first, is_new] = seen.emplace(item.sequence, i); !is_new)
+      throw Error(ErrorCode::kInvalidArgument, "Items " + std::to_string(first->second) + " and " +
+                                                   std::to_string(i) +
+                                                   " are the same sequence; a batch names each only once.");
   }
-  if (!intake.empty()) backend.take(intake);
-  for (std::size_t i = 0, taken = 0; i < 2; ++i) {
-    const TensorView& tensor = *given[i];
-    if (!tensor.on_device) {
-      require(tensor.dtype == Dtype::kF16, "Keys and values on the host must be binary16.");
-      staged[i] = backend.stage(static_cast<int>(i), static_cast<const std::uint16_t*>(tensor.data), numbers);
-      continue;
-    }
-    staged[i] = static_cast<const std::uint16_t*>(tensor.data);
-    if (!needs_intake(tensor, Dtype::kF16)) continue;
-    const Intake& result = intake[taken++];
-    if (!result.finite)
-      refuse_not_finite(backend, tensor, numbers, Dtype::kF16,
-                        {names[i], config.kv_heads, config.head_dim, 0});
-    staged[i] = static_cast<const std::uint16_t*>(result.ready);
-  }
-  return {staged[0], staged[1]};
 }
 
-void Sequence::append(int layer, const TensorView& k_given, const TensorView& v_given, int tokens) {
-  LayerState& state = checked(layer);
-  const CacheConfig& config = cache_->config();
-  const LayerScheme& scheme = config.scheme(layer);
-  const int heads = config.kv_heads, D = config.head_dim;
-  require(tokens >= 0, "The number of tokens must not be negative.");
-  require(tokens <= std::numeric_limits<int>::max() / 2 - state.tokens,
-          "A sequence holds at most 2^30 tokens.");
-  if (tokens == 0) return;
+}  // namespace
 
-  Slot fresh_windows;
-  if (!state.windows) fresh_windows = cache_->pool().take(config.window_bytes(scheme));
-  const Reach reach = reach_after(state, scheme, tokens);
-  const PageLayout layout(scheme.k, scheme.v, D);
+std::vector<StagedTokens> stage(Cache& cache, std::span<const AppendItem> items) {
+  const CacheConfig& config = cache.config();
+  Backend& backend = cache.backend();
+  const std::size_t row = at(config.kv_heads) * at(config.head_dim);
+  std::vector<Intake> intake;
+  std::vector<Staging> staging;
+  const auto each_tensor = [&](auto&& visit) {  // (tensor, numbers, where it is to be known, name)
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const std::string of = items.size() > 1 ? " of item " + std::to_string(i) : "";
+      const std::size_t numbers = row * at(items[i].tokens);
+      if (numbers == 0) continue;
+      visit(items[i].k, numbers, "k" + of, i, &StagedTokens::k);
+      visit(items[i].v, numbers, "v" + of, i, &StagedTokens::v);
+    }
+  };
+  each_tensor([&](const TensorView& given, std::size_t numbers, const std::string& name, auto...) {
+    check_alignment(given.data, given.on_device, name);
+    if (needs_intake(given, Dtype::kF16)) intake.push_back({given.data, given.dtype, numbers, Dtype::kF16});
+    if (given.on_device) return;
+    require(given.dtype == Dtype::kF16, "Keys and values on the host must be binary16.");
+    staging.push_back({static_cast<const std::uint16_t*>(given.data), numbers});
+  });
+  if (!intake.empty()) backend.take(intake);
+  std::vector<StagedTokens> staged(items.size());
+  std::size_t taken = 0;
+  each_tensor([&](const TensorView& given, std::size_t numbers, const std::string& name, std::size_t i,
+                  auto part) {
+    if (!given.on_device) return;
+    staged[i].*part = static_cast<const std::uint16_t*>(given.data);
+    if (!needs_intake(given, Dtype::kF16)) return;
+    const Intake& result = intake[taken++];
+    if (!result.finite)
+      refuse_not_finite(backend, given, numbers, Dtype::kF16, {name, config.kv_heads, config.head_dim, 0});
+    staged[i].*part = static_cast<const std::uint16_t*>(result.ready);
+  });
+  if (!staging.empty()) backend.stage(staging);
+  std::size_t sent = 0;
+  each_tensor([&](const TensorView& given, std::size_t, const std::string&, std::size_t i, auto part) {
+    if (!given.on_device) staged[i].*part = staging[sent++].ready;
+  });
+  return staged;
+}
 
-  Backend& backend = cache_->backend();
-  const auto [k, v] = stage(k_given, v_given, tokens);
-  std::vector<TokenSource> key_source, value_source;
-  for (int head = 0; head < heads; ++head) {
-    const Windows w = windows(state, scheme, head);
+/// One item of a batch on its way. Everything that can fail happens before commit(); until then the sequence
+/// is as it was, but for undo().
+class SequenceAppend {
+ public:
+  SequenceAppend(const AppendItem& item, int layer, const StagedTokens& added)
+      : sequence_(*item.sequence),
+        cache_(sequence_.cache()),
+        scheme_(cache_.config().scheme(layer)),
+        state_(sequence_.checked(layer)),
+        online_(state_.online),
+        reach_(sequence_.reach_after(state_, scheme_, item.tokens)),
+        total_(state_.tokens + item.tokens) {
+    const int heads = cache_.config().kv_heads, D = cache_.config().head_dim;
+    if (!state_.windows) fresh_windows_ = cache_.pool().take(cache_.config().window_bytes(scheme_));
     const std::ptrdiff_t stride = std::ptrdiff_t{heads} * D;
-    key_source.push_back({w.sink_k, w.ring_k, k + std::ptrdiff_t{head} * D, reach.sink, scheme.ring_tokens(),
-                          state.tokens, D, stride});
-    value_source.push_back({w.sink_v, w.ring_v, v + std::ptrdiff_t{head} * D, reach.sink,
-                            scheme.ring_tokens(), state.tokens, D, stride});
-  }
-  std::shared_ptr<const std::vector<Basis>> online = state.online;
-  if (scheme.online() && !online && (reach.k > 0 || reach.v > 0)) {
-    auto made = std::make_shared<std::vector<Basis>>();
-    // released_windows quantises before the statistics are complete: then they come from what there is.
-    LayerScheme first = scheme;
-    first.stat_tokens = std::min(scheme.stat_tokens, state.tokens + tokens);
-    const std::vector<std::uint16_t> keys = first_keys(*cache_, key_source, first.stat_tokens);
-    for (int head = 0; head < heads; ++head)
-      made->push_back(online_basis(first, keys.data() + std::ptrdiff_t{head} * first.stat_tokens * D, D));
-    online = std::move(made);
-  }
-
-  // Pages: take everything that may be needed before anything is written.
-  const int first_page = std::min(state.reach.k, state.reach.v) / kPageTokens,
-            end_page = ceil_div(std::max(reach.k, reach.v), kPageTokens);
-  const bool writes = reach.k > state.reach.k || reach.v > state.reach.v;
-  std::vector<QuantiseJob> jobs;
-  std::vector<PageWrite> written;
-  std::vector<RowCopy> copies;
-  copies.reserve(6 * at(heads));  // sink and two pieces of the ring, K and V
-  if (writes) {
-    try {
-      for (int head = 0; head < heads; ++head)
-        for (int page = first_page; page < end_page; ++page) {
-          const int begin = page * kPageTokens, end = begin + kPageTokens;
-          const int k_first = std::clamp(state.reach.k, begin, end), k_end = std::clamp(reach.k, begin, end);
-          const int v_first = std::clamp(state.reach.v, begin, end), v_end = std::clamp(reach.v, begin, end);
-          if (k_first == k_end && v_first == v_end) continue;
-          PageTable& table = state.pages[at(head)];
-          const std::shared_ptr<Page> none, &held = at(page) < table.size() ? table[at(page)] : none;
-          const std::shared_ptr<Page> own = own_page(held, scheme);
-          if (!held) mark_removed(backend, layout, *own, k_first - begin);
-          written.emplace_back(table, at(page), own);
-          own->k_zero_count =
-              count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
-          own->v_zero_count =
-              count_zeros(backend, layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
-          reserve_extents(cache_->pool(), layout.k, own->k_zeros, own->k_zero_count, k_end - k_first);
-          reserve_extents(cache_->pool(), layout.v, own->v_zeros, own->v_zero_count, v_end - v_first);
-          QuantiseJob job{&scheme,
-                          online ? &(*online)[at(head)] : basis(state, scheme, head),
-                          own.get(),
-                          page,
-                          reach.sink,
-                          k_first - begin,
-                          k_end - k_first,
-                          v_first - begin,
-                          v_end - v_first,
-                          key_source[at(head)],
-                          value_source[at(head)]};
-          jobs.push_back(job);
-        }
-      for (PageTable& table : state.pages) table.reserve(at(end_page));
-      backend.quantise(config, jobs, cache_->rotations());  // into slots that nobody reads yet
-    } catch (...) {
-      for (const PageWrite& one : written) one.undo();
-      throw;
+    for (int head = 0; head < heads; ++head) {
+      const auto w = sequence_.windows(state_, scheme_, head);
+      const std::ptrdiff_t first = std::ptrdiff_t{head} * D;
+      keys_.push_back({w.sink_k, w.ring_k, added.k + first, reach_.sink, scheme_.ring_tokens(), state_.tokens,
+                       D, stride});
+      values_.push_back({w.sink_v, w.ring_v, added.v + first, reach_.sink, scheme_.ring_tokens(),
+                         state_.tokens, D, stride});
     }
   }
 
-  // From here on nothing fails.
-  if (fresh_windows) state.windows = std::move(fresh_windows);
-  for (std::size_t i = 0; i < jobs.size(); ++i) written[i].commit(jobs[i].k_first, jobs[i].k_count);
-  state.online = std::move(online);
+  const std::vector<TokenSource>& keys() const { return keys_; }
 
-  const int total = state.tokens + tokens, ring = scheme.ring_tokens();
-  for (int head = 0; head < heads; ++head) {
-    const Windows w = windows(state, scheme, head);
-    const auto copy = [&](std::uint16_t* to, const TokenSource& source, int position, int count) {
+  /// How many first tokens of the sequence its statistics are to come from now, or 0. released_windows
+  /// quantises before the statistics are complete: then they come from what there is.
+  int statistics() const {
+    if (!scheme_.online() || online_ || (reach_.k == 0 && reach_.v == 0)) return 0;
+    return std::min(scheme_.stat_tokens, total_);
+  }
+  /// first_keys: [kv_heads][statistics()][D] on the host.
+  void take_statistics(const std::uint16_t* first_keys) {
+    LayerScheme first = scheme_;
+    first.stat_tokens = statistics();
+    const int D = cache_.config().head_dim;
+    auto made = std::make_shared<std::vector<Basis>>();
+    for (std::size_t head = 0; head < keys_.size(); ++head)
+      made->push_back(online_basis(first, first_keys + head * at(first.stat_tokens) * at(D), D));
+    online_ = std::move(made);
+  }
+
+  /// Takes every page and extent that may be needed.
+  void take_pages(std::vector<QuantiseJob>& jobs) {
+    const int first_page = std::min(state_.reach.k, state_.reach.v) / kPageTokens,
+              end_page = ceil_div(std::max(reach_.k, reach_.v), kPageTokens);
+    if (reach_.k == state_.reach.k && reach_.v == state_.reach.v) return;
+    for (PageTable& table : state_.pages) table.reserve(at(end_page));
+    for (int head = 0; head < static_cast<int>(keys_.size()); ++head)
+      for (int page = first_page; page < end_page; ++page) take_page(head, page, jobs);
+  }
+
+  void undo() const noexcept {
+    for (const PageWrite& one : written_) one.undo();
+  }
+
+  /// `copies` has room: tokens on their way into windows.
+  static constexpr std::size_t kCopies = 6;  // a head: sink and two pieces of the ring, K and V
+  void commit(std::vector<RowCopy>& copies) noexcept {
+    if (fresh_windows_) state_.windows = std::move(fresh_windows_);
+    for (PageWrite& one : written_) one.commit();
+    state_.online = std::move(online_);
+    for (std::size_t head = 0; head < keys_.size(); ++head) {
+      const auto w = sequence_.windows(state_, scheme_, static_cast<int>(head));
+      keep(copies, w.sink_k, w.ring_k, keys_[head], reach_.k);
+      keep(copies, w.sink_v, w.ring_v, values_[head], reach_.v);
+    }
+    state_.tokens = total_;
+    state_.reach = reach_;
+  }
+
+ private:
+  void take_page(int head, int page, std::vector<QuantiseJob>& jobs) {
+    const int begin = page * kPageTokens, end = begin + kPageTokens;
+    const int k_first = std::clamp(state_.reach.k, begin, end), k_end = std::clamp(reach_.k, begin, end);
+    const int v_first = std::clamp(state_.reach.v, begin, end), v_end = std::clamp(reach_.v, begin, end);
+    if (k_first == k_end && v_first == v_end) return;
+    Backend& backend = cache_.backend();
+    const PageLayout layout(scheme_.k, scheme_.v, cache_.config().head_dim);
+    PageTable& table = state_.pages[at(head)];
+    const std::shared_ptr<Page> none, &held = at(page) < table.size() ? table[at(page)] : none;
+    const std::shared_ptr<Page> own = sequence_.own_page(held, scheme_);
+    if (!held) mark_removed(backend, layout, *own, k_first - begin);
+    written_.emplace_back(table, at(page), own, k_first - begin, k_end - k_first);
+    own->k_zero_count = count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
+    own->v_zero_count = count_zeros(backend, layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
+    reserve_extents(cache_.pool(), layout.k, own->k_zeros, own->k_zero_count, k_end - k_first);
+    reserve_extents(cache_.pool(), layout.v, own->v_zeros, own->v_zero_count, v_end - v_first);
+    jobs.push_back({&scheme_, online_ ? &(*online_)[at(head)] : sequence_.basis(state_, scheme_, head),
+                    own.get(), page, reach_.sink, k_first - begin, k_end - k_first, v_first - begin,
+                    v_end - v_first, keys_[at(head)], values_[at(head)]});
+  }
+
+  /// New tokens below the sink, and those of token index `reached` on into the ring.
+  void keep(std::vector<RowCopy>& copies, std::uint16_t* sink, std::uint16_t* ring, const TokenSource& source,
+            int reached) const noexcept {
+    const int D = source.head_dim, rows = source.ring_tokens;
+    const auto copy = [&](std::uint16_t* to, int position, int count) {
       if (count > 0) copies.push_back({to, source.at_position(position), source.stride, count});
     };
-    const auto keep = [&](std::uint16_t* to, const TokenSource& source, int reached) {
-      for (int position = std::max(state.tokens, reach.sink + reached); position < total;) {
-        const int row = (position - reach.sink) % ring, count = std::min(total - position, ring - row);
-        copy(to + std::ptrdiff_t{row} * D, source, position, count);
-        position += count;
-      }
-    };
-    const std::ptrdiff_t sink_row = std::ptrdiff_t{state.tokens} * D;
-    const int sink_rows = std::min(total, reach.sink) - state.tokens;
-    copy(w.sink_k + sink_row, key_source[at(head)], state.tokens, sink_rows);
-    copy(w.sink_v + sink_row, value_source[at(head)], state.tokens, sink_rows);
-    keep(w.ring_k, key_source[at(head)], reach.k);
-    keep(w.ring_v, value_source[at(head)], reach.v);
+    copy(sink + std::ptrdiff_t{state_.tokens} * D, state_.tokens,
+         std::min(total_, reach_.sink) - state_.tokens);
+    for (int position = std::max(state_.tokens, reach_.sink + reached); position < total_;) {
+      const int row = (position - reach_.sink) % rows, count = std::min(total_ - position, rows - row);
+      copy(ring + std::ptrdiff_t{row} * D, position, count);
+      position += count;
+    }
   }
-  backend.copy_rows(copies, D);
-  state.tokens = total;
-  state.reach = reach;
+
+  Sequence& sequence_;
+  Cache& cache_;
+  const LayerScheme& scheme_;
+  LayerState& state_;
+  std::shared_ptr<const std::vector<Basis>> online_;
+  const Reach reach_;
+  const int total_;
+  Slot fresh_windows_;
+  std::vector<TokenSource> keys_, values_;  // [kv_heads]
+  std::vector<PageWrite> written_;
+};
+
+namespace {
+
+/// Statistics of the sequences that have come so far, from keys gathered in one go.
+void take_statistics(Cache& cache, std::span<SequenceAppend> appends) {
+  const int D = cache.config().head_dim;
+  std::size_t rows = 0;
+  for (const SequenceAppend& append : appends) rows += append.keys().size() * at(append.statistics());
+  if (rows == 0) return;
+  std::vector<std::uint16_t> keys(rows * at(D));
+  const Spare together = cache.spare(2 * keys.size());
+  auto* next = reinterpret_cast<std::uint16_t*>(together.data());
+  std::vector<RowCopy> gather;
+  gather.reserve(rows);
+  for (const SequenceAppend& append : appends)
+    for (const TokenSource& source : append.keys())
+      for (int t = 0; t < append.statistics(); ++t, next += D)
+        gather.push_back({next, source.at_position(t), D, 1});
+  cache.backend().copy_rows(gather, D);
+  cache.backend().copy_memory(keys.data(), together.data(), 2 * keys.size());
+  const std::uint16_t* first = keys.data();
+  for (SequenceAppend& append : appends) {
+    const int tokens = append.statistics();
+    if (tokens == 0) continue;
+    append.take_statistics(first);
+    first += append.keys().size() * at(tokens) * at(D);
+  }
+}
+
+}  // namespace
+
+void append_batch(Cache& cache, int layer, std::span<const AppendItem> items) {
+  const CacheConfig& config = cache.config();
+  check_items(cache, layer, items);
+  const std::vector<StagedTokens> staged = stage(cache, items);
+  std::vector<SequenceAppend> appends;
+  appends.reserve(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i)
+    if (items[i].tokens > 0) appends.emplace_back(items[i], layer, staged[i]);
+  take_statistics(cache, appends);
+  std::vector<RowCopy> copies;
+  copies.reserve(SequenceAppend::kCopies * at(config.kv_heads) * appends.size());
+  try {
+    std::vector<QuantiseJob> jobs;
+    for (SequenceAppend& append : appends) append.take_pages(jobs);
+    // Into slots that nobody reads yet. One call for all of one sink: only released_windows has several.
+    std::stable_sort(jobs.begin(), jobs.end(),
+                     [](const QuantiseJob& a, const QuantiseJob& b) { return a.sink < b.sink; });
+    for (auto first = jobs.begin(); first != jobs.end();) {
+      const auto end =
+          std::find_if(first, jobs.end(), [&](const QuantiseJob& job) { return job.sink != first->sink; });
+      cache.backend().quantise(config, std::span(first, end), cache.rotations());
+      first = end;
+    }
+  } catch (...) {
+    for (const SequenceAppend& append : appends) append.undo();
+    throw;
+  }
+  // From here on nothing fails.
+  for (SequenceAppend& append : appends) append.commit(copies);
+  cache.backend().copy_rows(copies, config.head_dim);
+}
+
+void Sequence::append(int layer, const TensorView& k, const TensorView& v, int tokens) {
+  const AppendItem item{this, k, v, tokens};
+  append_batch(*cache_, layer, std::span(&item, 1));
 }
 
 }  // namespace innerkv

@@ -108,6 +108,13 @@ struct AttendRequest {
   std::ptrdiff_t mass_stride = 0;
 };
 
+/// A caller's numbers on the host on their way into a call.
+struct Staging {
+  const std::uint16_t* from;
+  std::size_t count;
+  const std::uint16_t* ready = nullptr;  // out: device memory with the same numbers
+};
+
 /// A caller's tensor in device memory on its way into a call.
 struct Intake {
   const void* from;
@@ -148,9 +155,9 @@ class Backend {
   virtual void clear_memory(void* memory, std::size_t bytes) noexcept = 0;
   /// Any mix of host and device memory; what was asked of the backend before is done before.
   virtual void copy_memory(void* to, const void* from, std::size_t bytes) noexcept = 0;
-  /// Device memory with these contents of host memory, until the next call with the same `place` (0 or 1).
-  /// Throws Error{kOutOfMemory}.
-  virtual const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) = 0;
+  /// Brings host memory to the device, all in one go. What is `ready` stays until the next call. Throws
+  /// Error{kOutOfMemory}.
+  virtual void stage(std::span<Staging> numbers) = 0;
   /// Converts and searches device tensors, all in one go. What is `ready` stays until the next call.
   virtual void take(std::span<Intake> tensors) = 0;
   /// Rows of `row` numbers; windows of one call do not overlap. Takes no memory.

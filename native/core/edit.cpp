@@ -173,7 +173,8 @@ void Sequence::replace(int layer, int position, const TensorView& k_given, const
             slot = token % kPageTokens;
   std::vector<std::shared_ptr<Page>> own;
   std::vector<QuantiseJob> jobs;
-  const auto [k, v] = stage(k_given, v_given, 1);
+  const AppendItem item{this, k_given, v_given, 1};
+  const auto [k, v] = stage(*cache_, std::span(&item, 1))[0];
   for (int head = 0; head < config.kv_heads; ++head) {
     const auto& held = state.pages[at(head)][at(page)];
     if (!held || held->is_removed(slot))

@@ -42,7 +42,14 @@ struct Checkpoint {
   std::vector<RowCopy> way_back;  // of these rows into the rings
 };
 
-/// One layer of one sequence in attendBatch.
+/// New tokens of one sequence in append_batch().
+struct AppendItem {
+  Sequence* sequence;
+  TensorView k, v;  // [tokens][kv_heads][D], each on the host or on the device
+  int tokens;
+};
+
+/// One layer of one sequence in attend_batch().
 struct BatchItem {
   const Sequence* sequence;
   TensorView q;  // [q_tokens][query_heads][D]
@@ -64,8 +71,7 @@ class Sequence {
   int tokens(int layer) const { return layer_state(layer).tokens; }
   const LayerState& layer_state(int layer) const;
 
-  /// k, v: [tokens][kv_heads][D], both on the host or both on the device. Throws NotFinite for tensors that
-  /// are searched. Device memory is read when the backend gets to it: see Backend::settle().
+  /// append_batch() of this sequence alone.
   void append(int layer, const TensorView& k, const TensorView& v, int tokens);
   /// Keeps the first `tokens` tokens of every layer that has more.
   void truncate(int tokens);
@@ -86,6 +92,7 @@ class Sequence {
   void read_back(int layer, int head, float* k, float* v) const;
 
  private:
+  friend class SequenceAppend;
   friend class SequenceWriter;
   friend class SequenceReader;
 
@@ -97,10 +104,6 @@ class Sequence {
   const Basis* basis(const LayerState& state, const LayerScheme& scheme, int head) const;
   std::shared_ptr<Page> own_page(const std::shared_ptr<Page>& page, const LayerScheme& scheme) const;
   std::size_t page_bytes(const LayerScheme& scheme) const;
-  struct Staged {
-    const std::uint16_t *k, *v;  // device memory, binary16
-  };
-  Staged stage(const TensorView& k, const TensorView& v, int tokens) const;
   LayerState& checked(int layer);
   int stored_token(const LayerState& state, const LayerScheme& scheme, int position) const;
   void truncate_layer(LayerState& state, const LayerScheme& scheme, int tokens);
@@ -108,6 +111,11 @@ class Sequence {
   std::shared_ptr<Cache> cache_;
   std::vector<LayerState> layers_;
 };
+
+/// Appends tokens to one layer of several sequences of one cache, no sequence twice: all of it, or nothing
+/// when it throws. Throws NotFinite for tensors that are searched. Device memory is read when the backend
+/// gets to it: see Backend::settle().
+void append_batch(Cache& cache, int layer, std::span<const AppendItem> items);
 
 /// Attention of one layer for several sequences of one cache in one pass. Returns false when aborted.
 bool attend_batch(Cache& cache, int layer, std::span<const BatchItem> items, bool causal,

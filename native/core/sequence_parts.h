@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
+#include <vector>
 
-#include "backend.h"
+#include "sequence.h"
 
 namespace innerkv {
 
@@ -18,5 +20,13 @@ inline bool give_back_extents(Page& page) {
   page.v_zeros.resize(at(ceil_div(page.v_zero_count, kZeroExtent)));
   return page.k_zeros.size() + page.v_zeros.size() != held;
 }
+
+/// k and v of one item in device memory as binary16.
+struct StagedTokens {
+  const std::uint16_t *k = nullptr, *v = nullptr;
+};
+
+/// The numbers of all items, until the next call; none for an item without tokens. Throws NotFinite.
+std::vector<StagedTokens> stage(Cache& cache, std::span<const AppendItem> items);
 
 }  // namespace innerkv

@@ -28,7 +28,7 @@ class CpuBackend final : public Backend {
   void free_memory(void* memory, std::size_t bytes) noexcept override;
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override;
-  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override;
+  void stage(std::span<Staging> numbers) override;
   void take(std::span<Intake> tensors) override;
   void copy_rows(std::span<const RowCopy> copies, int row) noexcept override;
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,

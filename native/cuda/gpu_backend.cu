@@ -36,6 +36,11 @@ QuantiseRule rule_of(const LayerScheme& scheme, int head_dim, const RopeConfig& 
 void GpuBackend::quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                           const RotationTable& rotations) {
   if (jobs.empty()) return;
+  constexpr std::size_t kGrid = 32768;
+  if (jobs.size() > kGrid) {  // of 65535 that a grid may have
+    quantise(config, jobs.first(kGrid), rotations);
+    return quantise(config, jobs.subspan(kGrid), rotations);
+  }
   const int D = config.head_dim, count = static_cast<int>(jobs.size());
   const LayerScheme& scheme = *jobs[0].scheme;
   const QuantiseRule rule = rule_of(scheme, D, rotations.rope());

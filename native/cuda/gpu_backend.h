@@ -32,7 +32,7 @@ class GpuBackend final : public Backend {
   void free_memory(void* memory, std::size_t bytes) noexcept override;
   void clear_memory(void* memory, std::size_t bytes) noexcept override;
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override;
-  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override;
+  void stage(std::span<Staging> numbers) override;
   void take(std::span<Intake> tensors) override;
   void copy_rows(std::span<const RowCopy> copies, int row) noexcept override;
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
@@ -61,7 +61,7 @@ class GpuBackend final : public Backend {
   }
 
   static constexpr std::size_t kCopyBytes = 1 << 16;
-  DeviceBuffer staged_[2], copies_, arguments_, pages_, work_, prepared_, prefill_, results_, dense_, intake_,
+  DeviceBuffer staged_, copies_, arguments_, pages_, work_, prepared_, prefill_, results_, dense_, intake_,
       taken_;
   std::optional<cudaStream_t> caller_;
   LaunchObserver* observer_ = nullptr;

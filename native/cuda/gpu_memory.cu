@@ -166,11 +166,21 @@ void GpuBackend::settle() {
 
 // ---- tokens and tensors ----
 
-const std::uint16_t* GpuBackend::stage(int place, const std::uint16_t* numbers, std::size_t count) {
-  DeviceBuffer& buffer = staged_[place];
-  auto* there = reinterpret_cast<std::uint16_t*>(buffer.reserve(2 * count));
-  buffer.put(numbers, 2 * count);
-  return there;
+void GpuBackend::stage(std::span<Staging> numbers) {
+  std::size_t bytes = 0;
+  for (const Staging& one : numbers) bytes += 2 * one.count;
+  std::uint8_t* there = staged_.reserve(bytes);
+  std::uint8_t* here = bytes <= DeviceBuffer::kPinned ? staged_.host(bytes) : nullptr;
+  std::size_t placed = 0;
+  for (Staging& one : numbers) {
+    one.ready = reinterpret_cast<const std::uint16_t*>(there + placed);
+    if (here)
+      std::memcpy(here + placed, one.from, 2 * one.count);
+    else
+      device::copy(there + placed, one.from, 2 * one.count);
+    placed += 2 * one.count;
+  }
+  if (here) staged_.send(bytes);
 }
 
 void GpuBackend::copy_rows(std::span<const RowCopy> copies, int row) noexcept {

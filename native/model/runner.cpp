@@ -141,27 +141,32 @@ void Runner::attend(int layer, const HeadRows& heads, std::span<const Part> part
     const TensorView host(numbers);
     return heads.on_device ? TensorView::device(numbers, host.dtype, true) : host;
   };
+  Cache& cache = parts[0].item->sequence->cache();
+  std::vector<AppendItem> appended;
   std::vector<BatchItem> batch;
   for (int first = 0; first < longest; first += std::min(step, longest)) {
+    appended.clear();
     batch.clear();
     for (const Part& part : parts) {
       const int count = std::min(step, part.count - first);
       if (count <= 0) continue;
       const std::size_t row = at(part.row + first);
-      Sequence& sequence = *part.item->sequence;
-      const Stopwatch time(append_time);
-      sequence.append(layer, given(heads.k + row * k_row), given(heads.v + row * k_row), count);
       float* out = heads.out + row * q_row;
-      batch.push_back({&sequence,
+      appended.push_back(
+          {part.item->sequence, given(heads.k + row * k_row), given(heads.v + row * k_row), count});
+      batch.push_back({part.item->sequence,
                        given(heads.q + row * q_row),
                        heads.on_device ? Target::device(out) : out,
                        {},
                        nullptr,
                        count});
     }
+    {
+      const Stopwatch time(append_time);
+      append_batch(cache, layer, appended);
+    }
     const Stopwatch time(attend_time);
-    if (!attend_batch(parts[0].item->sequence->cache(), layer, batch, true, aborted))
-      fail(ErrorCode::kAborted, "The call was aborted.");
+    if (!attend_batch(cache, layer, batch, true, aborted)) fail(ErrorCode::kAborted, "The call was aborted.");
   }
 }
 

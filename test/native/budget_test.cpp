@@ -24,9 +24,7 @@ class RefusingBackend final : public Backend {
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
     cpu_.copy_memory(to, from, bytes);
   }
-  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
-    return cpu_.stage(place, numbers, count);
-  }
+  void stage(std::span<Staging> numbers) override { cpu_.stage(numbers); }
   void take(std::span<Intake> tensors) override { cpu_.take(tensors); }
   std::string objection(const void* memory, std::size_t bytes) override {
     return cpu_.objection(memory, bytes);
@@ -88,6 +86,15 @@ const Operation kOperations[] = {
      [](World& w, const Tokens& t) { append_all(*w.sequences[1], t, 250, 40); }},
     {"appending behind truncated tokens", false,
      [](World& w, const Tokens& t) { append_all(*w.sequences[3], t, 170, 200); }},
+    {"appending a batch", false,
+     [](World& w, const Tokens& t) {
+       const auto item = [&](std::size_t i, int first, int count) {
+         const std::size_t from = t.row * at(first);
+         return AppendItem{w.sequences[i].get(), t.k.data() + from, t.v.data() + from, count};
+       };
+       const AppendItem items[] = {item(0, 250, 150), item(1, 250, 40), item(2, 0, 200), item(3, 170, 200)};
+       append_batch(*w.cache, w.cache->config().layers - 1, items);
+     }},
     {"forking", false, [](World& w, const Tokens&) { w.sequences.push_back(w.sequences[0]->fork()); }},
     {"loading", false, [](World& w, const Tokens&) { w.sequences.push_back(loaded(w.cache, w.file, 1000)); }},
     {"replacing in a shared page", true,

@@ -36,9 +36,7 @@ class CountingBackend final : public Backend {
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
     cpu_.copy_memory(to, from, bytes);
   }
-  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
-    return cpu_.stage(place, numbers, count);
-  }
+  void stage(std::span<Staging> numbers) override { cpu_.stage(numbers); }
   void take(std::span<Intake> tensors) override { cpu_.take(tensors); }
   std::string objection(const void* memory, std::size_t bytes) override {
     return cpu_.objection(memory, bytes);

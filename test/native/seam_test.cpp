@@ -32,15 +32,17 @@ class SealedBackend final : public Backend {
     const Opened opened(*this);
     cpu_.copy_memory(to, from, bytes);
   }
-  const std::uint16_t* stage(int place, const std::uint16_t* numbers, std::size_t count) override {
-    return static_cast<const std::uint16_t*>(keep(place, numbers, 2 * count));
+  void stage(std::span<Staging> numbers) override {
+    int place = -1;
+    for (Staging& one : numbers)
+      one.ready = static_cast<const std::uint16_t*>(keep(place--, one.from, 2 * one.count));
   }
   void take(std::span<Intake> tensors) override {
     {
       const Opened opened(*this);
       cpu_.take(tensors);
     }
-    int place = 2;
+    int place = 0;
     for (Intake& tensor : tensors)
       if (tensor.ready != tensor.from)
         tensor.ready = keep(place++, tensor.ready, dtype_bytes(tensor.as) * tensor.count);

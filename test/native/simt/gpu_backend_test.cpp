@@ -389,6 +389,57 @@ TEST("plain attention over 16-bit and float32 rows") {
   }
 }
 
+TEST("a batch is appended with the bits of the CPU backend, by as many launches as one sequence") {
+#ifndef INNERKV_ON_GPU
+  struct Counter final : gpu::LaunchObserver {
+    int sets = 0;
+    void before() override { ++sets; }
+    void after() override {}
+  } counter;
+#endif
+  const auto schedules = simt::schedules();
+  const auto all = families();
+  for (std::size_t f = 0; f < all.size(); f += stride()) {
+    const Family& family = all[f];
+    simt::use(schedules[f % schedules.size()]);
+    const bool large = family.scheme().k.raw() && family.scheme().v.raw();  // more than goes by pinned memory
+    const Tokens tokens = tokens_of(family.config, large ? 2500 : 320, 6);
+    const auto device = gpu_backend();
+    const auto cpu = cache_of(family.config), gpu = std::make_shared<Cache>(device, family.config);
+    std::vector<std::unique_ptr<Sequence>> a, b;
+    for (const int length : {30, 139, 172}) {
+      a.push_back(filled(cpu, tokens, length));
+      b.push_back(filled(gpu, tokens, length));
+    }
+    a.push_back(a[2]->fork());
+    b.push_back(b[2]->fork());
+    for (const int count : {150, 1}) {
+      std::vector<AppendItem> on_cpu, on_gpu;
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        const std::size_t from = tokens.row * i;
+        const int more = large && count > 100 ? 2400 : count;
+        on_cpu.push_back({a[i].get(), tokens.k.data() + from, tokens.v.data() + from, more});
+        on_gpu.push_back(on_cpu.back());
+        on_gpu.back().sequence = b[i].get();
+      }
+      append_batch(*cpu, 0, on_cpu);
+#ifndef INNERKV_ON_GPU
+      static_cast<gpu::GpuBackend&>(*device).observe(&counter);
+      counter.sets = 0;
+#endif
+      append_batch(*gpu, 0, on_gpu);
+#ifndef INNERKV_ON_GPU
+      static_cast<gpu::GpuBackend&>(*device).observe(nullptr);
+      // Quantised, copied into windows; statistics gathered; a set more for a second length of the sink.
+      const int most = 2 + (family.scheme().online() && count == 150) + family.scheme().released_windows;
+      CHECK_WITH(counter.sets <= most, family.name + std::string(": ") + std::to_string(counter.sets));
+#endif
+      for (std::size_t i = 0; i < a.size(); ++i) CHECK_WITH(stored(*a[i]) == stored(*b[i]), family.name);
+    }
+    CHECK_WITH(simt::take_reports().empty(), family.name);
+  }
+}
+
 // ---- random shapes ----
 
 TensorSpec random_spec(check::Random& random, bool value) {

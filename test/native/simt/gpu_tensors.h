@@ -164,6 +164,15 @@ TEST("a GPU that refuses its n-th piece of memory leaves everything as it was") 
       {"append", [](DeviceWorld& w) { w.sequence->append(0, w.k.view(), w.v.view(), 12); }},
       {"append what is vouched for",
        [](DeviceWorld& w) { w.sequence->append(0, w.k.view(0, true), w.v.view(0, true), 12); }},
+      {"append a batch",
+       [](DeviceWorld& w) {
+         const CacheConfig& config = w.cache->config();
+         const std::vector<std::uint16_t> zeros(at(60 * config.kv_heads * config.head_dim));
+         const auto other = w.cache->sequence();
+         append_batch(*w.cache, 0,
+                      std::vector<AppendItem>{{w.sequence.get(), w.k.view(), w.v.view(), 12},
+                                              {other.get(), zeros.data(), zeros.data(), 60}});
+       }},
       {"attend", [](DeviceWorld& w) { w.attend(); }},
       {"a checkpoint", [](DeviceWorld& w) { w.sequence->checkpoint(30); }},
       {"replace", [](DeviceWorld& w) { w.sequence->replace(0, 20, w.k.view(), w.v.view()); }},
