@@ -89,6 +89,13 @@ export interface NativeCacheOptions {
   readonly softcap: number;
 }
 
+export interface NativeAppendItem {
+  readonly sequence: NativeSequence;
+  readonly k: NativeInput;
+  readonly v: NativeInput;
+  readonly dtype: NativeDtype;
+}
+
 export interface NativeAttendItem {
   readonly sequence: NativeSequence;
   readonly q: NativeInput;
@@ -113,6 +120,7 @@ export interface NativeCache {
     valueBitsPerValue: number;
     path: string;
   }[];
+  appendBatch(sync: boolean, abort: Abort, layer: number, items: readonly NativeAppendItem[]): Either<void>;
   attendBatch(
     sync: boolean,
     abort: Abort,
@@ -124,14 +132,6 @@ export interface NativeCache {
 }
 
 export interface NativeSequence {
-  append(
-    sync: boolean,
-    abort: Abort,
-    layer: number,
-    k: NativeInput,
-    v: NativeInput,
-    dtype: NativeDtype,
-  ): Either<void>;
   fork(sync: boolean, abort: Abort): Either<NativeSequence>;
   truncate(sync: boolean, abort: Abort, tokens: number): Either<void>;
   replace(

@@ -16,7 +16,7 @@ import { Lifetime, Owned } from './lifetime';
 import { ropeFrequencies } from './schemes/rope';
 import { type CacheShape, type LayerScheme, type Scheme, type Windows } from './schemes/types';
 import { Sequence, type AttendOptions } from './sequence';
-import { checkInteger } from './tensor';
+import { checkInteger, type DtypeOptions } from './tensor';
 
 export interface KvCacheOptions extends CacheShape {
   /** One scheme for all layers, one per layer, or a function of the layer. */
@@ -68,6 +68,14 @@ export interface BatchItem<Out extends TensorOutput = TensorOutput> extends Omit
 > {
   readonly sequence: Sequence;
   readonly q: TensorInput;
+}
+
+/** New tokens of one sequence of a batch. */
+export interface AppendItem extends DtypeOptions {
+  readonly sequence: Sequence;
+  /** [tokens, kvHeads, headDim], keys after RoPE. Items may differ in tokens, and in what their numbers are. */
+  readonly k: TensorInput;
+  readonly v: TensorInput;
 }
 
 /** Keys and values of a model's layers in few bits. Create with KvCache.create(). */
@@ -147,13 +155,31 @@ export class KvCache extends Owned<NativeCache> {
     });
   }
 
+  /**
+   * Appends tokens to one layer of several sequences in one native call, with the bits of as many calls of
+   * Sequence.append(). All of it is done or, when it fails, nothing.
+   * @throws ERR_INNERKV_INVALID_ARGUMENT, also for a sequence that two items name; ERR_INNERKV_NOT_FINITE for NaN,
+   *   infinity or a magnitude above 65504; ERR_INNERKV_OUT_OF_MEMORY.
+   */
+  async appendBatch(layer: number, items: readonly AppendItem[], options: AbortOptions = {}): Promise<void> {
+    const native = this.appendItems(items);
+    await keep(
+      abortable(options.signal, (flag) => this.life.use().appendBatch(false, flag, layer, native)),
+      items.flatMap(({ k, v }) => [k, v]),
+    );
+  }
+
+  appendBatchSync(layer: number, items: readonly AppendItem[]): void {
+    void this.life.use().appendBatch(true, undefined, layer, this.appendItems(items));
+  }
+
   /** One layer of several sequences in one native call. Returns the outputs in the order of the items. */
   async attendBatch<Out extends TensorOutput = Float32Array>(
     layer: number,
     items: readonly BatchItem<Out>[],
     options: AbortOptions & { readonly causal?: boolean } = {},
   ): Promise<Out[]> {
-    const batch = items.map((item) => this.item(item));
+    const batch = this.attendItems(items);
     const native = batch.map(({ item }) => item);
     await keep(
       abortable(options.signal, (flag) =>
@@ -169,7 +195,7 @@ export class KvCache extends Owned<NativeCache> {
     items: readonly BatchItem<Out>[],
     options: { readonly causal?: boolean } = {},
   ): Out[] {
-    const batch = items.map((item) => this.item(item));
+    const batch = this.attendItems(items);
     const native = batch.map(({ item }) => item);
     void this.life.use().attendBatch(true, undefined, layer, native, options.causal ?? true);
     return batch.map(({ out }) => out as Out);
@@ -207,10 +233,24 @@ export class KvCache extends Owned<NativeCache> {
     }
   }
 
-  private item({ sequence, q, ...options }: BatchItem) {
-    if (sequence.cache !== this) throw invalid('attendBatch() got a sequence of another cache.');
-    return sequence.attendItem(q, options);
+  private appendItems(items: readonly AppendItem[]) {
+    return items.map(({ sequence, k, v, ...options }, i) => {
+      if (sequence.cache !== this) throw invalid('appendBatch() got a sequence of another cache.');
+      return sequence.appendItem(k, v, options, nameOf(i, items));
+    });
   }
+
+  private attendItems(items: readonly BatchItem[]) {
+    return items.map(({ sequence, q, ...options }, i) => {
+      if (sequence.cache !== this) throw invalid('attendBatch() got a sequence of another cache.');
+      return sequence.attendItem(q, options, nameOf(i, items));
+    });
+  }
+}
+
+/** For the text of errors. */
+function nameOf(i: number, items: readonly unknown[]): string {
+  return items.length > 1 ? ` of item ${i}` : '';
 }
 
 function shapeOf({ layers, queryHeads, kvHeads, headDim, rope, model }: CacheShape): CacheShape {

@@ -2,7 +2,7 @@
 export { createBackend, createBackendSync, denseAttention, denseAttentionSync } from './backend';
 export type { Backend, BackendInfo, BackendOptions, DenseAttentionOptions } from './backend';
 export { KvCache } from './cache';
-export type { BatchItem, CacheEstimate, CacheStats, KvCacheOptions, LayerPlan } from './cache';
+export type { AppendItem, BatchItem, CacheEstimate, CacheStats, KvCacheOptions, LayerPlan } from './cache';
 export { Sequence } from './sequence';
 export type { AppendOptions, AttendOptions, LayerState } from './sequence';
 export { KvError, errorCodes } from './errors';

@@ -2,7 +2,12 @@
 import { randomUUID } from 'node:crypto';
 import { rename, rm, writeFile } from 'node:fs/promises';
 import { abortable, throwIfAborted, type AbortOptions } from './abort';
-import { type NativeAttendItem, type NativeSequence, type NativeWriter } from './binding';
+import {
+  type NativeAppendItem,
+  type NativeAttendItem,
+  type NativeSequence,
+  type NativeWriter,
+} from './binding';
 import { type KvCache } from './cache';
 import { checkInput, checkTarget, keep, type TensorInput, type TensorOutput } from './device-tensor';
 import { invalid } from './errors';
@@ -68,18 +73,16 @@ export class Sequence extends Owned<NativeSequence> {
    * @throws ERR_INNERKV_NOT_FINITE for NaN, infinity or a magnitude above 65504; ERR_INNERKV_OUT_OF_MEMORY.
    */
   async append(layer: number, k: TensorInput, v: TensorInput, options: AppendOptions = {}): Promise<void> {
-    const input = this.keysAndValues(k, v, options);
+    const item = this.appendItem(k, v, options);
     await keep(
-      abortable(options.signal, (flag) =>
-        this.life.use().append(false, flag, layer, input.k, input.v, input.dtype),
-      ),
+      abortable(options.signal, (flag) => this.cache.life.use().appendBatch(false, flag, layer, [item])),
       [k, v],
     );
   }
 
   appendSync(layer: number, k: TensorInput, v: TensorInput, options: DtypeOptions = {}): void {
-    const input = this.keysAndValues(k, v, options);
-    void this.life.use().append(true, undefined, layer, input.k, input.v, input.dtype);
+    const item = this.appendItem(k, v, options);
+    void this.cache.life.use().appendBatch(true, undefined, layer, [item]);
   }
 
   /**
@@ -243,14 +246,21 @@ export class Sequence extends Owned<NativeSequence> {
     }
   }
 
+  /** @internal `of`: ' of item 3' of a batch, for the text of errors. */
+  appendItem(k: TensorInput, v: TensorInput, options: DtypeOptions, of = ''): NativeAppendItem {
+    const { tokens: _, ...input } = this.keysAndValues(k, v, options, of);
+    return { sequence: this.life.use(), ...input };
+  }
+
   /** @internal */
   attendItem(
     q: TensorInput,
     options: AttendOptions,
+    of = '',
   ): { item: NativeAttendItem; out: TensorOutput; uses: readonly unknown[] } {
     const { queryHeads, headDim } = this.cache.shape;
     const row = queryHeads * headDim;
-    const checked = checkInput(q, row, 'q', '[qTokens, queryHeads, headDim]', options);
+    const checked = checkInput(q, row, `q${of}`, '[qTokens, queryHeads, headDim]', options);
     const rows = checked.tokens * queryHeads;
     const sequence = this.life.use();
     const out = options.out ?? new Float32Array(rows * headDim);
@@ -258,22 +268,22 @@ export class Sequence extends Owned<NativeSequence> {
       sequence,
       q: checked.data,
       dtype: checked.dtype,
-      out: checkTarget(out, rows * headDim, row, 'out'),
-      lse: options.lse && checkTarget(options.lse, rows, queryHeads, 'lse'),
+      out: checkTarget(out, rows * headDim, row, `out${of}`),
+      lse: options.lse && checkTarget(options.lse, rows, queryHeads, `lse${of}`),
       // Their lengths are checked when the call runs: appends may be queued before it.
-      logits: options.logits && checkOutput(options.logits, options.logits.length, 'logits'),
-      mass: options.mass && checkOutput(options.mass, options.mass.length, 'mass'),
+      logits: options.logits && checkOutput(options.logits, options.logits.length, `logits${of}`),
+      mass: options.mass && checkOutput(options.mass, options.mass.length, `mass${of}`),
     };
     return { item, out, uses: [q, out, options.lse] };
   }
 
-  private keysAndValues(k: TensorInput, v: TensorInput, options: DtypeOptions) {
+  private keysAndValues(k: TensorInput, v: TensorInput, options: DtypeOptions, of = '') {
     const { kvHeads, headDim } = this.cache.shape;
-    const keys = checkInput(k, kvHeads * headDim, 'k', '[tokens, kvHeads, headDim]', options);
-    const values = checkInput(v, kvHeads * headDim, 'v', '[tokens, kvHeads, headDim]', options);
+    const keys = checkInput(k, kvHeads * headDim, `k${of}`, '[tokens, kvHeads, headDim]', options);
+    const values = checkInput(v, kvHeads * headDim, `v${of}`, '[tokens, kvHeads, headDim]', options);
     if (keys.tokens !== values.tokens)
-      throw invalid(`k holds ${keys.tokens} tokens and v ${values.tokens}; they must be equal.`);
-    if (keys.dtype !== values.dtype) throw invalid('k and v must have the same dtype.');
+      throw invalid(`k${of} holds ${keys.tokens} tokens and v${of} ${values.tokens}; they must be equal.`);
+    if (keys.dtype !== values.dtype) throw invalid(`k${of} and v${of} must have the same dtype.`);
     return { k: keys.data, v: values.data, dtype: keys.dtype, tokens: keys.tokens };
   }
 

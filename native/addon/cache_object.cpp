@@ -6,8 +6,8 @@
 #include "backend_object.h"
 #include "config_reader.h"
 #include "failure.h"
+#include "keys_and_values.h"
 #include "sequence_object.h"
-#include "tensor_object.h"
 #include "transfer_objects.h"
 
 namespace innerkv {
@@ -17,6 +17,7 @@ Napi::Function CacheObject::define(Napi::Env env) {
       env, "Cache",
       {InstanceMethod<&CacheObject::sequence>("sequence"), InstanceMethod<&CacheObject::reader>("reader"),
        InstanceMethod<&CacheObject::stats>("stats"), InstanceMethod<&CacheObject::plan>("plan"),
+       InstanceMethod<&CacheObject::append_batch>("appendBatch"),
        InstanceMethod<&CacheObject::attend_batch>("attendBatch"),
        InstanceMethod<&CacheObject::dispose>("dispose")});
 }
@@ -71,6 +72,52 @@ Napi::Value CacheObject::plan(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     Cache& core = *handle()->core;
     return write_plan(info.Env(), core.config(), core.backend());
+  });
+}
+
+namespace {
+
+std::string name_of(std::uint32_t item, std::uint32_t items) {
+  return items > 1 ? " of item " + std::to_string(item) : "";
+}
+
+struct AppendCall {
+  struct Item {
+    std::shared_ptr<SequenceHandle> sequence;
+    KeysAndValues input;
+  };
+  std::shared_ptr<CacheHandle> cache;
+  int layer = 0;
+  std::vector<Item> items;
+
+  void run() const {
+    std::vector<AppendItem> batch;
+    for (const auto& [sequence, input] : items)
+      batch.push_back({sequence->core.get(), input.k(), input.v(), input.tokens()});
+    innerkv::append_batch(*cache->core, layer, batch);
+    for (const Item& item : items) item.sequence->publish(layer);
+  }
+};
+
+}  // namespace
+
+/// (sync, abort, layer, items)
+Napi::Value CacheObject::append_batch(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    CallMode mode = read_mode(info);
+    const auto call = std::make_shared<AppendCall>();
+    call->cache = handle();
+    call->layer = to_int(info[2], "layer");
+    if (!info[3].IsArray()) refuse("items must be an array.");
+    const Napi::Array items = info[3].As<Napi::Array>();
+    const std::uint32_t count = items.Length();
+    for (std::uint32_t i = 0; i < count; ++i) {
+      const Fields fields(items.Get(i), "item of appendBatch");
+      call->items.push_back({SequenceObject::handle_of(fields.get("sequence")),
+                             KeysAndValues(*handle(), fields.get("k"), fields.get("v"), fields.get("dtype"),
+                                           name_of(i, count), mode)});
+    }
+    return dispatch(info.Env(), mode, handle(), [call] { call->run(); });
   });
 }
 
@@ -189,8 +236,8 @@ Napi::Value CacheObject::attend_batch(const Napi::CallbackInfo& info) {
     const Napi::Array items = info[3].As<Napi::Array>();
     const std::uint32_t count = items.Length();
     for (std::uint32_t i = 0; i < count; ++i)
-      call->items.push_back(read_item(items.Get(i), handle()->runtime, handle()->core->config(), mode.sync,
-                                      count > 1 ? " of item " + std::to_string(i) : ""));
+      call->items.push_back(
+          read_item(items.Get(i), handle()->runtime, handle()->core->config(), mode.sync, name_of(i, count)));
     TouchedMemory touched;
     for (const AttendItem& item : call->items) {
       touched.reads(item.device_q.get(), "q" + item.name);

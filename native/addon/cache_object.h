@@ -21,6 +21,7 @@ class CacheObject : public Napi::ObjectWrap<CacheObject> {
   Napi::Value reader(const Napi::CallbackInfo& info);
   Napi::Value stats(const Napi::CallbackInfo& info);
   Napi::Value plan(const Napi::CallbackInfo& info);
+  Napi::Value append_batch(const Napi::CallbackInfo& info);
   Napi::Value attend_batch(const Napi::CallbackInfo& info);
   void dispose(const Napi::CallbackInfo& info);
   const std::shared_ptr<CacheHandle>& handle() const;

@@ -8,7 +8,7 @@
 #include "config_reader.h"
 #include "failure.h"
 #include "instance.h"
-#include "tensor_object.h"
+#include "keys_and_values.h"
 #include "transfer_objects.h"
 
 namespace innerkv {
@@ -24,46 +24,12 @@ Array copy_out(Napi::Env env, const Element* from, std::size_t count) {
   return array;
 }
 
-/// k and v of append() and replace(): [tokens, kvHeads, headDim].
-class KeysAndValues {
- public:
-  /// `mode` learns that memory of the caller's is involved.
-  KeysAndValues(const SequenceHandle& handle, const Napi::Value& keys, const Napi::Value& values,
-                const Napi::Value& dtype, CallMode& mode) {
-    const CacheConfig& config = handle.cache->core->config();
-    const Kernels& kernels = handle.cache->runtime->kernels();
-    const Input k(keys, dtype, handle.cache->runtime, "k"), v(values, dtype, handle.cache->runtime, "v");
-    const std::size_t row = at(config.kv_heads) * at(config.head_dim);
-    if (k.count() != v.count() || k.count() == 0 || k.count() % row != 0 || k.count() / row > 0x3fffffff)
-      refuse("k or v has the wrong length.");
-    tokens_ = static_cast<int>(k.count() / row);
-    mode.device = k.device || v.device;
-    tensors_[0] = k.device;
-    tensors_[1] = v.device;
-    const int heads = config.kv_heads, D = config.head_dim;
-    if (!k.device) arrays_[0] = to_halves(kernels, k.array, {"k", heads, D}, mode.sync);
-    if (!v.device) arrays_[1] = to_halves(kernels, v.array, {"v", heads, D}, mode.sync);
-  }
-
-  int tokens() const { return tokens_; }
-  TensorView k() const { return view(0); }
-  TensorView v() const { return view(1); }
-
- private:
-  TensorView view(int i) const { return tensors_[i] ? tensors_[i]->view() : TensorView(arrays_[i].data); }
-
-  std::shared_ptr<TensorHandle> tensors_[2];
-  Numbers<std::uint16_t> arrays_[2];
-  int tokens_ = 0;
-};
-
 }  // namespace
 
 Napi::Function SequenceObject::define(Napi::Env env) {
   return DefineClass(
       env, "Sequence",
-      {InstanceMethod<&SequenceObject::append>("append"), InstanceMethod<&SequenceObject::fork>("fork"),
-       InstanceMethod<&SequenceObject::truncate>("truncate"),
+      {InstanceMethod<&SequenceObject::fork>("fork"), InstanceMethod<&SequenceObject::truncate>("truncate"),
        InstanceMethod<&SequenceObject::replace>("replace"), InstanceMethod<&SequenceObject::remove>("remove"),
        InstanceMethod<&SequenceObject::read_back>("readBack"),
        InstanceMethod<&SequenceObject::writer>("writer"), InstanceMethod<&SequenceObject::length>("length"),
@@ -93,19 +59,6 @@ std::shared_ptr<SequenceHandle> SequenceObject::handle_of(const Napi::Value& val
   return Unwrap(value.As<Napi::Object>())->handle();
 }
 
-/// (sync, abort, layer, k, v, dtype)
-Napi::Value SequenceObject::append(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&] {
-    CallMode mode = read_mode(info);
-    const int layer = to_int(info[2], "layer");
-    const auto input = std::make_shared<KeysAndValues>(*handle(), info[3], info[4], info[5], mode);
-    return dispatch(info.Env(), mode, handle()->cache, [handle = handle(), layer, input] {
-      handle->core->append(layer, input->k(), input->v(), input->tokens());
-      handle->publish(layer);
-    });
-  });
-}
-
 /// (sync, abort)
 Napi::Value SequenceObject::fork(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
@@ -133,7 +86,7 @@ Napi::Value SequenceObject::replace(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     CallMode mode = read_mode(info);
     const int layer = to_int(info[2], "layer"), position = to_int(info[3], "position");
-    const auto input = std::make_shared<KeysAndValues>(*handle(), info[4], info[5], info[6], mode);
+    const auto input = std::make_shared<KeysAndValues>(*handle()->cache, info[4], info[5], info[6], "", mode);
     if (input->tokens() != 1) refuse("replace() takes exactly one token.");
     return dispatch(info.Env(), mode, handle()->cache, [handle = handle(), layer, position, input] {
       handle->core->replace(layer, position, input->k(), input->v());

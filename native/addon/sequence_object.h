@@ -19,7 +19,6 @@ class SequenceObject : public Napi::ObjectWrap<SequenceObject> {
   static std::shared_ptr<SequenceHandle> handle_of(const Napi::Value& value);
 
  private:
-  Napi::Value append(const Napi::CallbackInfo& info);
   Napi::Value fork(const Napi::CallbackInfo& info);
   Napi::Value truncate(const Napi::CallbackInfo& info);
   Napi::Value replace(const Napi::CallbackInfo& info);

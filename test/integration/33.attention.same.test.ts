@@ -77,6 +77,35 @@ describe.each(families)('$name', (family) => {
     expect(cache.attendBatchSync(0, [])).toEqual([]);
   });
 
+  test('a batch of appends leaves the bytes of single calls', async () => {
+    using cache = cacheOf(family);
+    const lengths = [0, 1, 40, 131, 500];
+    const [singles, sync, queued] = [1, 2, 3].map(() => {
+      const all = lengths.map((tokens, i) => (tokens > 0 ? filled(cache, tokens, i) : cache.sequence()));
+      return [...all, all[4]!.forkSync()];
+    }) as [Sequence[], Sequence[], Sequence[]];
+    const row = cache.shape.kvHeads * 64;
+    const waiting: Promise<void>[] = [];
+    for (const added of [1, 150, 1]) {
+      const items = sync.map((sequence, i) => {
+        const tokens = (first: number) => pool.slice((7 * i + first) * row, (8 * i + first + added) * row);
+        return { sequence, k: tokens(0), v: tokens(900) };
+      });
+      items.forEach(({ k, v }, i) => singles[i]!.appendSync(0, k, v));
+      cache.appendBatchSync(0, items);
+      const again = items.map((item, i) => ({ ...item, sequence: queued[i]! }));
+      waiting.push(cache.appendBatch(0, again));
+      for (const { k, v } of again) (k.fill(0x7e00), v.fill(0x7e00)); // they were copied
+    }
+    await Promise.all(waiting);
+    const saved = (sequence: Sequence) => createHash('sha256').update(sequence.saveSync()).digest('hex');
+    expect(sync.map(saved)).toEqual(singles.map(saved));
+    expect(queued.map(saved)).toEqual(singles.map(saved));
+    expect(sync.map((sequence) => sequence.length())).toEqual(singles.map((sequence) => sequence.length()));
+    cache.appendBatchSync(0, []);
+    await cache.appendBatch(0, []);
+  });
+
   test('a fork answers like its origin, and neither sees what the other appends', () => {
     using cache = cacheOf(family);
     const origin = filled(cache, 700);

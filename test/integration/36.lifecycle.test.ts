@@ -51,6 +51,7 @@ describe('abort in flight', () => {
     const first = sequence.attend(0, ones(1000 * 256));
     const dropped = [
       sequence.append(0, ones(5 * row), ones(5 * row), { signal }),
+      cache.appendBatch(0, [{ sequence, k: ones(row), v: ones(row) }], { signal }),
       sequence.truncate(10, { signal }),
       sequence.remove(0, [40], { signal }),
       sequence.replace(0, 41, ones(row), ones(row), { signal }),
@@ -104,6 +105,7 @@ test('everything fails with the same code after dispose()', async () => {
     () => sequence.pageBytes(0, 0, 0),
     () => sequence.saveSync(),
     () => cache.attendBatchSync(0, [{ sequence, q }]),
+    () => cache.appendBatchSync(0, [{ sequence, k, v: k }]),
   ];
   for (const call of sync) expect(call).toThrow(DISPOSED);
   const promises = [
@@ -117,6 +119,7 @@ test('everything fails with the same code after dispose()', async () => {
     sequence.save('never-written'),
     sequence.chunks().next(),
     cache.attendBatch(0, [{ sequence, q }]),
+    cache.appendBatch(0, [{ sequence, k, v: k }]),
   ];
   const settled = await Promise.allSettled(promises);
   expect(settled).toEqual(promises.map(() => ({ status: 'rejected', reason: DISPOSED })));

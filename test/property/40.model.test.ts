@@ -20,6 +20,7 @@ const PER_RUN = 75;
 /** Kinds by how often they are drawn. */
 const WEIGHTS = {
   append: 8,
+  appendAll: 2,
   attend: 4,
   batch: 1,
   fork: 2,

@@ -164,6 +164,31 @@ export class Pair {
       return;
     },
 
+    appendAll: async (_, layer, { size, data }) => {
+      const items = this.twins.map((twin, i) => {
+        const heads = twin.layers[layer]!;
+        const count = Math.min(1 + ((size + 5 * i) % 40), MOST_TOKENS - heads[0]!.head.length);
+        const [keys, values] = [this.tokens(layer, count, data + i), this.tokens(layer, count, data + 1000)];
+        return { twin, heads, count, keys, values };
+      });
+      const open = items.filter(({ count }) => count > 0);
+      const batch = open.map(({ twin, keys, values }) => ({
+        sequence: twin.native,
+        k: interleave(keys),
+        v: interleave(values),
+      }));
+      const done = await this.affordable(() => {
+        if (data % 2 === 0) return this.cache.appendBatch(layer, batch);
+        this.cache.appendBatchSync(layer, batch);
+        return;
+      });
+      if (!done) return 'no memory';
+      for (const { heads, keys, values } of open)
+        heads.forEach(({ head }, h) => keys[h]!.forEach((key, i) => head.append(key, values[h]![i]!)));
+      this.check();
+      return;
+    },
+
     attend: async (twin, layer, { size, data }) => {
       const heads = twin.layers[layer]!.map(({ head }) => head);
       const queryHeads = GROUP * heads.length;

@@ -37,6 +37,16 @@ const snapshot = () => ({
   used: cache.stats().usedBytes,
 });
 
+/** One token of `seq`, and then another sequence's, which is what `wrong` says. */
+function batch(wrong: { k?: Float32Array; v?: Float32Array; sequence?: Sequence }, layer = 0): void {
+  using other = cache.sequence();
+  const good = { k: numbers(row), v: numbers(row) };
+  cache.appendBatchSync(layer, [
+    { sequence: seq, ...good },
+    { sequence: other, ...good, ...wrong },
+  ]);
+}
+
 const INVALID = 'ERR_INNERKV_INVALID_ARGUMENT';
 const cases: [string, string, () => unknown][] = [
   ['a length that is no whole token', INVALID, () => seq.appendSync(0, numbers(row + 1), numbers(row + 1))],
@@ -101,6 +111,25 @@ const cases: [string, string, () => unknown][] = [
     () => seq.appendSync(0, numbers(row * 60000), numbers(row * 60000)),
   ],
   [
+    'a sequence of another cache in a batch of appends',
+    INVALID,
+    () => {
+      using other = KvCache.createSync(backend, { ...shape, scheme: schemes.fp16(), memory: '1MiB' });
+      const items = [seq, other.sequence()].map((sequence) => ({
+        sequence,
+        k: numbers(row),
+        v: numbers(row),
+      }));
+      cache.appendBatchSync(0, items);
+    },
+  ],
+  [
+    'the pool running out for the second of a batch',
+    'ERR_INNERKV_OUT_OF_MEMORY',
+    () => batch({ k: numbers(row * 60000), v: numbers(row * 60000) }),
+  ],
+  ['a layer too many for a batch', INVALID, () => batch({}, 1)],
+  [
     'a sequence of another cache in a batch',
     INVALID,
     () => {
@@ -120,6 +149,47 @@ test.each(cases)('%s', (_, code, act) => {
   }
   expect(thrown).toBeInstanceOf(KvError);
   expect((thrown as KvError).code).toBe(code);
+  expect(snapshot()).toEqual(before);
+});
+
+test.each<[string, string, () => unknown]>([
+  [
+    'k of item 1 has 127 numbers; [tokens, kvHeads, headDim] needs a multiple of 128.',
+    INVALID,
+    () => batch({ k: numbers(row - 1) }),
+  ],
+  [
+    'k of item 1 holds 1 tokens and v of item 1 2; they must be equal.',
+    INVALID,
+    () => batch({ v: numbers(2 * row) }),
+  ],
+  [
+    'k of item 1 and v of item 1 must have the same dtype.',
+    INVALID,
+    () => batch({ v: new Uint16Array(row) as never }),
+  ],
+  [
+    'v of item 1 at token 0, head 1, channel 36 is NaN.',
+    'ERR_INNERKV_NOT_FINITE',
+    () => batch({ v: numbers(row).fill(NaN, 100) }),
+  ],
+  [
+    'Items 0 and 1 are the same sequence; a batch names each only once.',
+    INVALID,
+    () => batch({ sequence: seq }),
+  ],
+  [
+    'q of item 1 has 255 numbers; [qTokens, queryHeads, headDim] needs a multiple of 256.',
+    INVALID,
+    () =>
+      cache.attendBatchSync(0, [
+        { sequence: seq, q: numbers(256) },
+        { sequence: seq, q: numbers(255) },
+      ]),
+  ],
+])('a batch is refused by the name of its item: %s', (message, code, act) => {
+  const before = snapshot();
+  expect(act).toThrow(expect.objectContaining({ name: 'KvError', code, message }) as Error);
   expect(snapshot()).toEqual(before);
 });
 

@@ -139,6 +139,17 @@ describe.each([
       expect(batch[0]).toBe(out);
       expect(out.readSync()).toEqual(expected);
       expect(batch[1]).toEqual(arrays.attendSync(0, q.subarray(512, 1024), options));
+      const [one, other] = [arrays, tensors].map((sequence) => sequence.forkSync()) as [Sequence, Sequence];
+      const [k3, v3] = [k, v].map((array) => array.subarray(0, 3 * row)) as [typeof k, typeof v];
+      await cache.appendBatch(0, [
+        { sequence: one, k: keys.slice(0, 3), v: values.slice(0, 3) },
+        { sequence: other, k: k3, v: v3, ...options },
+        { sequence: sync, k: k3, v: values.slice(0, 3), ...options },
+      ]);
+      const appended = arrays.forkSync();
+      appended.appendSync(0, k3, v3, options);
+      for (const sequence of [one, other, sync])
+        expect(Buffer.compare(sequence.saveSync(), appended.saveSync())).toBe(0);
       if (_ === 'innerq') return;
       arrays.replaceSync(0, 40, k.subarray(0, row), v.subarray(0, row), options);
       await tensors.replace(0, 40, keys.slice(0, 1), values.slice(0, 1));
