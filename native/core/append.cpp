@@ -14,9 +14,12 @@ namespace innerkv {
 
 namespace {
 
-/// Compact zero points that the first `slots` slots of a tensor own: the sign bits of its scales tell.
-int count_zeros(Backend& backend, const TensorLayout& tensor, const std::uint8_t* base, int slots) {
+/// Compact zero points that the first `slots` slots of a tensor own: `known` when it is of so many, otherwise
+/// the sign bits of its scales tell.
+int count_zeros(Backend& backend, const TensorLayout& tensor, const std::uint8_t* base, int slots, int known,
+                int counted) {
   if (!tensor.spec.compact_zeros() || slots == 0) return 0;
+  if (slots == counted) return known;
   std::vector<std::uint16_t> scales(at(tensor.scales()));
   backend.copy_memory(scales.data(), base + tensor.scales_at(), 2 * scales.size());
   const int span = tensor.spec.flush_tokens();
@@ -42,15 +45,17 @@ struct PageWrite {
   PageTable* table;
   std::size_t entry;  // of the table, or one behind its end
   std::shared_ptr<Page> page;
-  int k_first, k_count;
+  int k_first, k_end, v_end;  // slots: of new keys, behind new values
   std::size_t k_extents, v_extents;
   int k_zeros, v_zeros;
-  PageWrite(PageTable& of, std::size_t at_entry, std::shared_ptr<Page> own, int first_key, int keys)
+  PageWrite(PageTable& of, std::size_t at_entry, std::shared_ptr<Page> own, int first_key, int end_key,
+            int end_value)
       : table(&of),
         entry(at_entry),
         page(std::move(own)),
         k_first(first_key),
-        k_count(keys),
+        k_end(end_key),
+        v_end(end_value),
         k_extents(page->k_zeros.size()),
         v_extents(page->v_zeros.size()),
         k_zeros(page->k_zero_count),
@@ -64,10 +69,12 @@ struct PageWrite {
   /// The table has room.
   void commit() noexcept {
     bool changed = false;
-    for (int slot = k_first; slot < k_first + k_count; ++slot) {
+    for (int slot = k_first; slot < k_end; ++slot) {
       changed |= page->is_removed(slot);
       page->removed[slot / 64] &= ~(std::uint64_t{1} << (slot % 64));
     }
+    page->k_counted = k_end;
+    page->v_counted = v_end;
     give_back_extents(*page);
     changed |= page->k_zeros.size() != k_extents || page->v_zeros.size() != v_extents;
     if (entry == table->size()) return table->push_back(std::move(page));
@@ -261,9 +268,11 @@ class SequenceAppend {
     const std::shared_ptr<Page> none, &held = at(page) < table.size() ? table[at(page)] : none;
     const std::shared_ptr<Page> own = sequence_.own_page(held, scheme_);
     if (!held) mark_removed(backend, layout, *own, k_first - begin);
-    written_.emplace_back(table, at(page), own, k_first - begin, k_end - k_first);
-    own->k_zero_count = count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin);
-    own->v_zero_count = count_zeros(backend, layout.v, own->bytes.data() + layout.v_at(), v_first - begin);
+    written_.emplace_back(table, at(page), own, k_first - begin, k_end - begin, v_end - begin);
+    own->k_zero_count = count_zeros(backend, layout.k, own->bytes.data() + layout.k_at(), k_first - begin,
+                                    own->k_zero_count, own->k_counted);
+    own->v_zero_count = count_zeros(backend, layout.v, own->bytes.data() + layout.v_at(), v_first - begin,
+                                    own->v_zero_count, own->v_counted);
     reserve_extents(cache_.pool(), layout.k, own->k_zeros, own->k_zero_count, k_end - k_first);
     reserve_extents(cache_.pool(), layout.v, own->v_zeros, own->v_zero_count, v_end - v_first);
     jobs.push_back({&scheme_, online_ ? &(*online_)[at(head)] : sequence_.basis(state_, scheme_, head),

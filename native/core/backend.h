@@ -33,6 +33,7 @@ struct Page {
   std::uint64_t removed[2] = {0, 0};   // bit per slot: evicted by hand
   std::vector<Slot> k_zeros, v_zeros;  // extents of kZeroExtent compact zero points
   int k_zero_count = 0, v_zero_count = 0;
+  int k_counted = 0, v_counted = 0;  // first slots whose zero points these are
 
   bool is_removed(int slot) const { return removed[slot / 64] >> (slot % 64) & 1u; }
 };

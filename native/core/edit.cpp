@@ -111,10 +111,11 @@ Checkpoint Sequence::checkpoint(int added) const {
       const auto& table = state.pages[at(head)];
       saved.pages.push_back(table.size());
       saved.open_pages.emplace_back();
-      for (std::size_t i = at(std::min(state.reach.k, state.reach.v) / kPageTokens); i < table.size(); ++i)
-        saved.open_pages.back().push_back(
-            table[i] ? Checkpoint::ZeroCounts{table[i]->k_zero_count, table[i]->v_zero_count}
-                     : Checkpoint::ZeroCounts{0, 0});
+      for (std::size_t i = at(std::min(state.reach.k, state.reach.v) / kPageTokens); i < table.size(); ++i) {
+        Checkpoint::ZeroCounts& counts = saved.open_pages.back().emplace_back();
+        if (const Page* page = table[i].get())
+          counts = {page->k_zero_count, page->v_zero_count, page->k_counted, page->v_counted};
+      }
     }
     point.layers.push_back(std::move(saved));
   }
@@ -136,10 +137,16 @@ void Sequence::restore(const Checkpoint& point) noexcept {
         const std::size_t entry = table.size() - counts.size() + i;
         Page* page = table[entry].get();
         if (!page || table[entry].use_count() > 1) continue;  // as it was, or shared by a later fork
-        // Both counts are enough for what is in use; after truncation the saved one may be the larger, whose
+        // Either count is enough for what is in use; after truncation the saved one may be the larger, whose
         // extents an append gave back.
-        page->k_zero_count = std::min(page->k_zero_count, counts[i].k);
-        page->v_zero_count = std::min(page->v_zero_count, counts[i].v);
+        if (page->k_zero_count >= counts[i].k) {
+          page->k_zero_count = counts[i].k;
+          page->k_counted = counts[i].k_counted;
+        }
+        if (page->v_zero_count >= counts[i].v) {
+          page->v_zero_count = counts[i].v;
+          page->v_counted = counts[i].v_counted;
+        }
         if (give_back_extents(*page)) table.changed(entry);
       }
     }

@@ -481,6 +481,8 @@ void SequenceReader::parse_chunk(int layer, int head, const std::uint8_t* data, 
     };
     page->k_zero_count = zeros(layout.k, stored.data() + layout.k_at(), page->k_zeros, k_slots);
     page->v_zero_count = zeros(layout.v, stored.data() + layout.v_at(), page->v_zeros, v_slots);
+    page->k_counted = k_slots;
+    page->v_counted = v_slots;
     table.push_back(std::move(page));
   }
   intact(in.empty(), "a part is too long");

@@ -100,6 +100,8 @@ std::shared_ptr<Page> Sequence::own_page(const std::shared_ptr<Page>& page, cons
   std::copy(std::begin(page->removed), std::end(page->removed), std::begin(own->removed));
   own->k_zero_count = page->k_zero_count;
   own->v_zero_count = page->v_zero_count;
+  own->k_counted = page->k_counted;
+  own->v_counted = page->v_counted;
   return own;
 }
 

@@ -28,7 +28,7 @@ struct LayerState {
 /// What append() may overwrite, so that it can be undone to the bit. Lives no longer than the sequence.
 struct Checkpoint {
   struct ZeroCounts {
-    int k, v;
+    int k = 0, v = 0, k_counted = 0, v_counted = 0;
   };
   struct Layer {
     int tokens = 0;

@@ -12,11 +12,12 @@ namespace {
 /// The CPU backend, counted; quantise() fails when `allowed` calls of it have been made.
 class CountingBackend final : public Backend {
  public:
-  int stages = 0, takes = 0, quantises = 0, copies = 0, allowed = 1 << 30;
+  int stages = 0, takes = 0, quantises = 0, copies = 0, reads = 0, allowed = 1 << 30;
   void* allocate_memory(std::size_t bytes) override { return cpu_.allocate_memory(bytes); }
   void free_memory(void* memory, std::size_t bytes) noexcept override { cpu_.free_memory(memory, bytes); }
   void clear_memory(void* memory, std::size_t bytes) noexcept override { cpu_.clear_memory(memory, bytes); }
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
+    ++reads;
     cpu_.copy_memory(to, from, bytes);
   }
   void stage(std::span<Staging> numbers) override {
@@ -102,6 +103,26 @@ TEST("a batch leaves the bits of one append each, in pages, windows, statistics 
       }
     }
     CHECK(many->pool().used_bytes() == one->pool().used_bytes());
+  }
+}
+
+TEST("a decoding step reads nothing back: zero points are counted once") {
+  for (const Family& family : families()) {
+    const Tokens tokens = tokens_of(family.config, 500, 4);
+    const auto backend = std::make_shared<CountingBackend>();
+    const auto cache = std::make_shared<Cache>(backend, family.config);
+    auto sequence = filled(cache, tokens, 150);
+    for (int round = 0; round < 3; ++round) {
+      backend->reads = 0;
+      for (int t = 0; t < 150; ++t) {
+        const Checkpoint point = sequence->checkpoint(1);
+        append(*sequence, tokens, t, 1);
+        if (t % 7 == 0) sequence->restore(point);
+      }
+      CHECK_WITH(backend->reads == 0, family.name + std::string(": ") + std::to_string(backend->reads));
+      if (round == 1) sequence->truncate(sequence->tokens(0) - 20);
+      if (round < 2) sequence = loaded(cache, saved(*sequence));
+    }
   }
 }
 
