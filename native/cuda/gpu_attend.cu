@@ -274,20 +274,10 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
   rule.scale = config.softmax_scale;
   rule.softcap = config.softcap;
 
-  std::size_t pages = 0, extents = 0;
+  update_tables(layout, scheme.k.compact_zeros() || scheme.v.compact_zeros(), requests);
   const auto pages_of = [](const HeadView& view) {
     return ceil_div(std::max(view.k_quantised, view.v_quantised), kPageTokens);
   };
-  for (const AttendRequest& request : requests)
-    for (const HeadView& view : request.heads)
-      for (int p = 0; p < pages_of(view); ++p, ++pages)
-        if (const Page* held = (*view.table)[at(p)].get())
-          extents += held->k_zeros.size() + held->v_zeros.size();
-  Upload upload(pages_, Upload::room<PageArgs>(pages) + Upload::room<const std::uint16_t*>(extents));
-  PageArgs* page_args;
-  const std::uint16_t** extent_args;
-  const PageArgs* pages_there = upload.add(pages, &page_args);
-  const std::uint16_t* const* extents_there = upload.add(extents, &extent_args);
 
   // Tables that grow move, so they grow before anything points into them.
   std::map<int, const float*> tables;
@@ -298,29 +288,12 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
         tables[view.sink] = rotations_on_device(rotations, D, view.sink, rule.block_tokens,
                                                 ceil_div(pages_of(view) * kPageTokens, rule.block_tokens));
   std::vector<HeadArgs> head_args;
-  std::size_t page = 0, extent = 0;
-  const auto add_extents = [&](const std::vector<Slot>& slots) {
-    const std::uint16_t* const* first = extents_there + extent;
-    for (const Slot& slot : slots)
-      extent_args[extent++] = reinterpret_cast<const std::uint16_t*>(slot.data());
-    return first;
-  };
   for (const AttendRequest& request : requests) {
     for (const HeadView& view : request.heads) {
       if (view.scheme != &scheme) throw Error(ErrorCode::kInternal, "Requests of one call have one scheme.");
-      const int count = pages_of(view);
       HeadArgs head{};
-      head.pages = pages_there + page;
-      for (int p = 0; p < count; ++p, ++page) {
-        PageArgs& args = page_args[page] = {};
-        const Page* held = (*view.table)[at(p)].get();
-        if (!held) continue;
-        args.k = held->bytes.data() + layout.k_at();
-        args.v = held->bytes.data() + layout.v_at();
-        std::copy(std::begin(held->removed), std::end(held->removed), args.removed);
-        args.k_zeros = add_extents(held->k_zeros);
-        args.v_zeros = add_extents(held->v_zeros);
-      }
+      if (view.table->size() > 0)
+        head.pages = static_cast<const PageMirror*>(view.table->mirror.get())->pages();
       head.sink_k = view.sink_k;
       head.sink_v = view.sink_v;
       head.ring_k = view.ring_k;
@@ -329,7 +302,7 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
         head.mean = on_device(*view.basis).mean;
         head.lam = on_device(*view.basis).lam;
       }
-      if (rule.block_tokens > 0 && count > 0) head.rotations = table_of(view.sink);
+      if (rule.block_tokens > 0 && pages_of(view) > 0) head.rotations = table_of(view.sink);
       head.tokens = view.tokens;
       head.sink = view.sink;
       head.k_quantised = view.k_quantised;
@@ -338,7 +311,6 @@ bool GpuBackend::attend(const CacheConfig& config, std::span<const AttendRequest
       head_args.push_back(head);
     }
   }
-  upload.flush();
   run_attention(rule, requests, head_args);
   return true;
 }

@@ -8,6 +8,7 @@
 #include "../core/backend.h"
 #include "args.h"
 #include "buffers.h"
+#include "page_mirror.h"
 #include "routes.h"
 
 namespace innerkv::gpu {
@@ -51,6 +52,8 @@ class GpuBackend final : public Backend {
   }
 
  private:
+  /// Makes the device's page tables show what the core's do.
+  void update_tables(const PageLayout& layout, bool compact, std::span<const AttendRequest> requests);
   void run_attention(const AttendRule& rule, std::span<const AttendRequest> requests,
                      std::span<const HeadArgs> heads);
   void launches_begin() const {
@@ -63,6 +66,7 @@ class GpuBackend final : public Backend {
   static constexpr std::size_t kCopyBytes = 1 << 16;
   DeviceBuffer staged_, copies_, arguments_, pages_, work_, prepared_, prefill_, results_, dense_, intake_,
       taken_;
+  std::shared_ptr<BlockPool> blocks_ = std::make_shared<BlockPool>();  // of page tables, which may outlive us
   std::optional<cudaStream_t> caller_;
   LaunchObserver* observer_ = nullptr;
 };

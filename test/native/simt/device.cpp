@@ -23,7 +23,7 @@
 
 namespace simt {
 int allocations_left = std::numeric_limits<int>::max(), graphs_refused = -1;
-std::size_t bytes_to_host = 0;
+std::size_t bytes_to_host = 0, bytes_to_device = 0;
 std::vector<std::string> device_log, device_mistakes;
 }  // namespace simt
 
@@ -122,6 +122,7 @@ void clear(void* memory, std::size_t bytes) noexcept {
 void copy(void* to, const void* from, std::size_t bytes) noexcept {
   std::vector<std::uint8_t> passing(bytes);
   if (owns(from) && !owns(to)) simt::bytes_to_host += bytes;
+  if (owns(to) && !owns(from)) simt::bytes_to_device += bytes;
   if (owns(from))
     simt::device_download(passing.data(), from, bytes);
   else
@@ -134,7 +135,7 @@ void copy(void* to, const void* from, std::size_t bytes) noexcept {
 
 void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
   const bool to_host = !owns(to);
-  if (to_host) simt::bytes_to_host += bytes;
+  (to_host ? simt::bytes_to_host : simt::bytes_to_device) += bytes;
   auto* host = static_cast<std::uint8_t*>(to_host ? to : const_cast<void*>(from));
   const auto after = pinned.upper_bound(host);
   if (after == pinned.begin() || host + bytes > std::prev(after)->first + std::prev(after)->second)

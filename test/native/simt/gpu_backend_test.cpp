@@ -138,6 +138,94 @@ std::vector<Job> jobs_of(const std::shared_ptr<Cache>& cache, const Tokens& toke
   return jobs;
 }
 
+TEST("page tables in device memory follow whatever happens to a sequence") {
+  const TensorSpec code{3, Group::kToken, Mode::kMidRise}, raw;
+  const Family kinds[] = {{"editable", config_of({scheme_of(code, code)})},
+                          {"extents", config_of({scheme_of(raw, {2, Group::kTokens32, Mode::kHybrid})})}};
+  for (const Family& family : kinds) {
+    check::Random random(17);
+    const auto cpu = cache_of(family.config), gpu = gpu_cache(family.config);
+    const Tokens tokens = tokens_of(family.config, 600, 4);
+    std::vector<Job> a, b;
+    a.push_back({filled(cpu, tokens, 30), {}});
+    b.push_back({filled(gpu, tokens, 30), {}});
+    const auto both = [&](std::size_t i, auto&& change) {
+      for (std::vector<Job>* side : {&a, &b}) change(*side, *(*side)[i].sequence);
+    };
+    const int rounds = 45 / static_cast<int>(stride());
+    for (int round = 0; round < rounds; ++round) {
+      const std::size_t i = at(random.below(static_cast<int>(a.size())));
+      const int length = a[i].sequence->tokens(0), kind = random.below(8), draw = random.below(1 << 20),
+                stored_tokens = a[i].sequence->layer_state(0).reach.k;
+      if (kind < 3 && length < 500)
+        both(i,
+             [&](auto&, Sequence& s) { append(s, tokens, draw % 400, 1 + draw % (kind == 0 ? 190 : 40)); });
+      else if (kind == 3 && a.size() < 3)
+        both(i, [&](std::vector<Job>& side, Sequence& s) { side.push_back({s.fork(), {}}); });
+      else if (kind == 4)
+        both(i, [&](auto&, Sequence& s) { s.truncate(length - draw % std::min(length, 150)); });
+      else if (kind == 5)
+        both(i, [&](auto&, Sequence& s) {
+          const Checkpoint point = s.checkpoint(140);
+          append(s, tokens, 9, 1 + draw % 140);
+          s.restore(point);
+        });
+      else if (kind == 6 && family.editable() && stored_tokens > 0)
+        both(i, [&](auto&, Sequence& s) {
+          const int first = s.layer_state(0).reach.sink + draw % stored_tokens;
+          std::vector<int> gone;
+          for (int t = first; t < first + draw % 9 + 1 && t < s.layer_state(0).reach.sink + stored_tokens;
+               ++t)
+            gone.push_back(t);
+          s.remove(0, draw % 3 - 1, gone);
+        });
+      else if (kind == 7 && a.size() > 1)
+        both(i, [&](std::vector<Job>& side, Sequence&) { side.erase(side.begin() + static_cast<int>(i)); });
+      for (std::size_t j = 0; j < a.size(); ++j) add_queries(family.config, 1, random, a[j], b[j]);
+      CHECK_WITH(agree(a, b, 1, true), std::string(family.name) + " round " + std::to_string(round));
+    }
+    CHECK(simt::take_reports().empty());
+  }
+}
+
+#ifndef INNERKV_ON_GPU
+TEST("a step sends entries of page tables only when they change") {
+  for (const bool hybrid : {false, true}) {
+    const LayerScheme scheme =
+        hybrid ? scheme_of({}, {2, Group::kTokens32, Mode::kHybrid})
+               : scheme_of({2, Group::kToken, Mode::kMidRise}, {2, Group::kToken, Mode::kMidRise});
+    CacheConfig config = config_of({scheme});
+    config.budget_bytes = std::size_t{256} << 20;
+    const auto cache = gpu_cache(config);
+    const Tokens tokens = tokens_of(config, 1500, 4);
+    Job job{filled(cache, tokens, 1500), std::vector<float>(at(config.query_heads * config.head_dim), 0.5f)};
+    std::vector<Job> jobs;
+    jobs.push_back(std::move(job));
+    const auto sent = [&] {
+      const std::size_t before = simt::bytes_to_device;
+      attended_batch(jobs, 1, true, false);
+      return simt::bytes_to_device - before;
+    };
+    const std::size_t all = sent(), none = sent();
+    const std::size_t entries = at(config.kv_heads) * jobs[0].sequence->layer_state(0).pages[0].size();
+    CHECK(all - none >= entries * sizeof(gpu::PagePatch));
+    append(*jobs[0].sequence, tokens, 0, 140);  // at least one more page
+    CHECK(sent() - none <=
+          2 * at(config.kv_heads) * (sizeof(gpu::PagePatch) + sizeof(gpu::ExtentPatch)) + 2048);
+    CHECK(sent() - none <= 256);  // tasks for the longer sequence
+    append(*jobs[0].sequence, tokens, 0, 140);
+    std::vector<float> out(2 * jobs[0].q.size());
+    const Sequence* same = jobs[0].sequence.get();  // asked twice in one call
+    const BatchItem items[] = {{same, jobs[0].q.data(), out.data(), {}, nullptr, 1},
+                               {same, jobs[0].q.data(), out.data() + jobs[0].q.size(), {}, nullptr, 1}};
+    CHECK(attend_batch(*cache, 0, items, true, nullptr));
+    CHECK(std::equal(out.begin(), out.begin() + static_cast<int>(jobs[0].q.size()),
+                     out.begin() + static_cast<int>(jobs[0].q.size())));
+  }
+  CHECK(simt::take_reports().empty());
+}
+#endif
+
 TEST("attention on integer tensor cores: every route, rows, masks, removed tokens, ragged batches") {
   std::vector<Shape> shapes;
   for (const gpu::Route& route : gpu::kMmaRoutes)
