@@ -92,7 +92,7 @@ void GpuBackend::update_tables(const PageLayout& layout, bool compact,
         const int entries = static_cast<int>(table.size());
         const auto* known = static_cast<const PageMirror*>(table.mirror.get());
         const bool moves = entries > (known ? known->capacity : 0);
-        if (!moves && !table.all_stale() && table.stale().empty()) continue;
+        if (entries == 0 || (!moves && !table.all_stale() && table.stale().empty())) continue;
         if (moves) table.mirror = std::make_shared<PageMirror>(blocks_, entries + entries / 2, compact);
         const auto& mirror = *static_cast<const PageMirror*>(table.mirror.get());
         const auto tell = [&](int i) {

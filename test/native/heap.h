@@ -40,6 +40,13 @@ void* operator new(std::size_t bytes, std::align_val_t align) {
 void* operator new[](std::size_t bytes, std::align_val_t align) {
   return innerkv::test::heap_take(bytes, static_cast<std::size_t>(align));
 }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {  // std::stable_sort's
+  try {
+    return innerkv::test::heap_take(bytes, 1);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
 void operator delete(void* memory) noexcept { innerkv::test::heap_give(memory); }
 void operator delete[](void* memory) noexcept { innerkv::test::heap_give(memory); }
 void operator delete(void* memory, std::size_t) noexcept { innerkv::test::heap_give(memory); }

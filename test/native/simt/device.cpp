@@ -134,6 +134,7 @@ void copy(void* to, const void* from, std::size_t bytes) noexcept {
 }
 
 void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
+  if (bytes == 0) return;
   const bool to_host = !owns(to);
   (to_host ? simt::bytes_to_host : simt::bytes_to_device) += bytes;
   auto* host = static_cast<std::uint8_t*>(to_host ? to : const_cast<void*>(from));

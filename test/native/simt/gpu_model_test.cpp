@@ -228,7 +228,9 @@ TEST(
     "models of every type: logits and losses agree with the CPU to the noise of roundings, in both kinds of "
     "activations") {
   const auto schedules = simt::schedules();
+  const auto stride = static_cast<std::size_t>(check::number_from("INNERKV_GPU_STRIDE", 1));
   for (const TensorType type : kAllTypes) {
+    if (static_cast<std::size_t>(type) % stride != 0) continue;
     simt::use(schedules[static_cast<std::size_t>(type) % schedules.size()]);
     Shape shape;
     shape.type = type;
