@@ -38,11 +38,11 @@ void lead(cudaStream_t other) noexcept;
 /// Enqueues what the open recording of this thread has put down; recording.h.
 void flush() noexcept;
 
+// None of these throws: an error is noted.
 inline void release(void* memory) noexcept {
   if (memory) flush();
   raw::release(memory);
 }
-// These two never throw: an error is noted.
 inline void clear(void* memory, std::size_t bytes) noexcept {
   flush();
   raw::clear(memory, bytes);

@@ -291,9 +291,8 @@ TEST("prefill over quantised pages: every family, removed tokens, several passes
                                      256)});
   const std::size_t usual = gpu::prefill_buffer_bytes;
   double worst = 0;
-  const auto stride = static_cast<std::size_t>(check::number_from("INNERKV_GPU_STRIDE", 1));
   for (std::size_t i = 0; i < all.size(); ++i) {
-    if ((i + i / 2) % stride != 0) continue;  // even ones and odd ones
+    if ((i + i / 2) % stride() != 0) continue;  // even ones and odd ones
     simt::use(schedules[i % schedules.size()]);
     const int head_dim = all[i].config.head_dim;
     Case shape{head_dim,   4,    18,       i % 3 == 1 ? 150 : 0, i % 4 == 2 ? 5.0f : 0.0f, i % 5 != 3,

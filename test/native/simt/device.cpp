@@ -13,6 +13,7 @@
 
 #include "core/error.h"
 #include "simt/device_log.h"
+#include "simt/machine.h"
 
 #if defined(__has_feature)
 #if __has_feature(memory_sanitizer)
@@ -24,7 +25,7 @@
 namespace simt {
 int allocations_left = std::numeric_limits<int>::max(), graphs_refused = -1;
 std::size_t bytes_to_host = 0, bytes_to_device = 0;
-std::vector<std::string> device_log, device_mistakes;
+std::vector<std::string> device_log;
 }  // namespace simt
 
 namespace innerkv::gpu::device {
@@ -60,7 +61,7 @@ void finish_until(std::size_t end) {
     if (copy.to_host)
       std::memcpy(copy.host, copy.bytes.data(), copy.bytes.size());
     else if (!same_bytes(copy.host, copy.bytes))
-      simt::device_mistakes.push_back("pinned memory changed while it was being copied");
+      simt::fail(simt::Kind::kPinned, "changed while it was being copied", {});
   }
   late.erase(late.begin(), late.begin() + static_cast<std::ptrdiff_t>(finished - first_late));
   first_late = finished;
@@ -140,7 +141,7 @@ void copy_later(void* to, const void* from, std::size_t bytes) noexcept {
   auto* host = static_cast<std::uint8_t*>(to_host ? to : const_cast<void*>(from));
   const auto after = pinned.upper_bound(host);
   if (after == pinned.begin() || host + bytes > std::prev(after)->first + std::prev(after)->second)
-    simt::device_mistakes.push_back("a late copy of memory that is not pinned");
+    simt::fail(simt::Kind::kPinned, "a late copy of memory that is not pinned", {});
   std::vector<std::uint8_t> passing(bytes);
   if (to_host) {
     simt::device_download(passing.data(), from, bytes);

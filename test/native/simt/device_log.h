@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace simt {
@@ -19,9 +18,5 @@ extern std::size_t bytes_to_host, bytes_to_device;
 
 /// Waits and orders between streams as they happened.
 extern std::vector<std::string> device_log;
-
-/// What was done to memory that is being copied.
-extern std::vector<std::string> device_mistakes;
-inline std::vector<std::string> take_device_mistakes() { return std::exchange(device_mistakes, {}); }
 
 }  // namespace simt

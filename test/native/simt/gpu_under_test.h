@@ -54,6 +54,9 @@ inline constexpr bool kOnGpu = false;
 inline bool gpu_at_hand(const char*) { return true; }
 #endif
 
+/// INNERKV_GPU_STRIDE, for slow sanitizers: every so manieth case of what is enumerated.
+inline std::size_t stride() { return static_cast<std::size_t>(check::number_from("INNERKV_GPU_STRIDE", 1)); }
+
 /// The device belongs to one process, so one backend serves all tests.
 inline std::shared_ptr<Backend> gpu_backend() {
 #ifdef INNERKV_ON_GPU

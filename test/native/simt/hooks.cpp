@@ -26,7 +26,9 @@ bool within(const void* address, const void* base, std::size_t bytes) {
   return static_cast<std::size_t>(static_cast<const char*>(address) - static_cast<const char*>(base)) < bytes;
 }
 
-inline void hook(const void* address, std::size_t bytes, Access kind, const void* instruction) {
+// Inlined, with `bytes` known, and the rare cases apart: kernels spend a fifth of their time in these.
+[[gnu::always_inline]] inline void hook(const void* address, std::size_t bytes, Access kind,
+                                        const void* instruction) {
   if (!machine.watching) return;
   if (!within(address, shadow::region.base, shadow::region.bytes)) {
     if (within(address, machine.stacks, (kStackBytes + kStackGuard) * kMaxThreads)) return;
@@ -36,12 +38,17 @@ inline void hook(const void* address, std::size_t bytes, Access kind, const void
   shadow::access(address, bytes, kind, instruction, {});
 }
 
-inline void aligned_hook(const void* address, std::size_t bytes, Access kind, const void* instruction) {
-  if (machine.watching && reinterpret_cast<std::uintptr_t>(address) % (bytes < 8 ? bytes : 8) != 0) {
-    const Aside aside;
-    fail(Kind::kMisaligned, "an access of " + std::to_string(bytes) + " bytes that is not aligned", {},
-         instruction);
-  }
+[[gnu::cold, gnu::noinline]] void misaligned(std::size_t bytes, const void* instruction) {
+  if (!machine.watching) return;
+  const Aside aside;
+  fail(Kind::kMisaligned, "an access of " + std::to_string(bytes) + " bytes that is not aligned", {},
+       instruction);
+}
+
+[[gnu::always_inline]] inline void aligned_hook(const void* address, std::size_t bytes, Access kind,
+                                                const void* instruction) {
+  if (reinterpret_cast<std::uintptr_t>(address) % (bytes < 8 ? bytes : 8) != 0)
+    misaligned(bytes, instruction);
   hook(address, bytes, kind, instruction);
 }
 

@@ -14,11 +14,17 @@ namespace simt {
 namespace {
 
 const char* name_of(Kind kind) {
-  static constexpr const char* names[] = {
-      "race",           "uninitialised read",  "out of bounds",
-      "misaligned",     "cp.async read early", "ld.global.nc of written memory",
-      "barrier",        "warp mask",           "deadlock",
-      "launch geometry"};
+  static constexpr const char* names[] = {"race",
+                                          "uninitialised read",
+                                          "out of bounds",
+                                          "misaligned",
+                                          "cp.async read early",
+                                          "ld.global.nc of written memory",
+                                          "barrier",
+                                          "warp mask",
+                                          "deadlock",
+                                          "launch geometry",
+                                          "copy of pinned memory"};
   return names[static_cast<int>(kind)];
 }
 

@@ -70,6 +70,7 @@ enum class Kind {
   kMask,           // a warp operation whose mask is not who takes part
   kDeadlock,       // nobody can run; the text is a table of who waits where
   kGeometry,       // grid, block or shared memory that the device or the kernel refuses
+  kPinned,         // host memory that is touched while the device copies it, or that it cannot copy by itself
 };
 struct Report {
   Kind kind;

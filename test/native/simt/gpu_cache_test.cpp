@@ -1,24 +1,21 @@
-// Tests of callers' tensors on the GPU backend, part of gpu_backend_test: the same as everywhere, and what
-// only the emulated device can tell: what is copied to the host, what is allocated, and in which order
-// streams wait.
-#pragma once
-
+// What a cache asks of the GPU backend besides attention: callers' tensors, checkpoints, page tables that
+// follow a sequence, batches of tokens; and what only the emulated device can tell of that: what is copied to
+// the host and to the device, what is allocated, and in which order streams wait. Runs on the emulated GPU
+// (gpu_cache_test) and on a real one (gpu_cache_gpu_test). INNERKV_GPU_STRIDE, for slow sanitizers: every so
+// manieth case. Long file: a test of each of these.
+#include <algorithm>
 #include <climits>
 
 #include "device_tensors.h"
-#include "simt/gpu_under_test.h"
+#include "simt/gpu_jobs.h"
 #ifndef INNERKV_ON_GPU
 #include "simt/device_log.h"
 #endif
 
 namespace innerkv::test {
-
-inline std::shared_ptr<Cache> gpu_cache(const CacheConfig& config) {
-  return std::make_shared<Cache>(gpu_backend(), config);
-}
-
-namespace tensors {  // tests are named by their line, which others may have in other files
 namespace {
+
+// ---- callers' tensors ----
 
 /// Families whose tokens go three different ways into pages, and one for every dtype.
 std::vector<Family> some_families() {
@@ -31,7 +28,8 @@ TEST("tensors of every type give what arrays give, bit for bit") {
   std::size_t turn = 0;
   for (const Family& family : some_families())
     for (const Dtype dtype : kDtypes) {
-      simt::use(schedules[turn++ % schedules.size()]);
+      simt::use(schedules[turn % schedules.size()]);
+      if (turn++ % std::min<std::size_t>(stride(), 4) != 0) continue;
       check_same_as_arrays(gpu_backend(), family, dtype, 60, 3);
       CHECK_WITH(simt::take_reports().empty(), family.name);
     }
@@ -151,7 +149,7 @@ TEST("a decode step on the device copies nothing to the host but what is said of
     }
     CHECK_WITH(simt::bytes_to_host == 16 * 3 * sizeof(unsigned), family.name);  // k, v, q
     simt::allocations_left = INT_MAX;
-    CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
+    CHECK(simt::take_reports().empty());
   }
 }
 
@@ -179,7 +177,7 @@ TEST("a GPU that refuses its n-th piece of memory leaves everything as it was") 
   };
   for (const Operation& operation : operations) {
     int failures = 0, code = 0;
-    for (int allowed = 0; code >= 0 && allowed < 100; ++allowed) {
+    for (int allowed = 0; code >= 0 && allowed < 100; allowed += std::min(static_cast<int>(stride()), 5)) {
       // A backend of its own, so that its scratch memory is fresh and has to be taken.
       DeviceWorld world(dense_families()[0], Dtype::kF32, Dtype::kF16, std::make_shared<gpu::GpuBackend>());
       const Bytes before = saved(*world.sequence);
@@ -196,7 +194,7 @@ TEST("a GPU that refuses its n-th piece of memory leaves everything as it was") 
     }
     CHECK_WITH(code < 0 && failures > 0, operation.name);
   }
-  CHECK(simt::take_reports().empty() && simt::take_device_mistakes().empty());
+  CHECK(simt::take_reports().empty());
 }
 
 TEST("calls are ordered with the caller's stream by events, and wait only when he has none") {
@@ -236,16 +234,162 @@ TEST("pinned memory: a late copy whose source changes is found, and one that is 
     buffer.fetch(back.data(), buffer.reserve(64), 64);
     CHECK(back == bytes);
   }
-  CHECK(simt::take_device_mistakes().empty());
+  CHECK(simt::take_reports().empty());
   std::uint8_t* host = buffer.host(64);
   buffer.send(64);
   host[0] ^= 1;
   gpu::device::synchronize();
-  CHECK(simt::take_device_mistakes().size() == 1);
+  const auto reports = simt::take_reports(true);
+  CHECK(reports.size() == 1 && reports[0].kind == simt::Kind::kPinned);
 }
 
 #endif
 
+// ---- page tables and batches ----
+
+TEST("page tables in device memory follow whatever happens to a sequence") {
+  const TensorSpec code{3, Group::kToken, Mode::kMidRise}, raw;
+  const Family kinds[] = {{"editable", config_of({scheme_of(code, code)})},
+                          {"extents", config_of({scheme_of(raw, {2, Group::kTokens32, Mode::kHybrid})})}};
+  for (const Family& family : kinds) {
+    check::Random random(17);
+    const auto cpu = cache_of(family.config), gpu = gpu_cache(family.config);
+    const Tokens tokens = tokens_of(family.config, 600, 4);
+    std::vector<Job> a, b;
+    a.push_back({filled(cpu, tokens, 30), {}});
+    b.push_back({filled(gpu, tokens, 30), {}});
+    const auto both = [&](std::size_t i, auto&& change) {
+      for (std::vector<Job>* side : {&a, &b}) change(*side, *(*side)[i].sequence);
+    };
+    const int rounds = 45 / static_cast<int>(stride());
+    for (int round = 0; round < rounds; ++round) {
+      const std::size_t i = at(random.below(static_cast<int>(a.size())));
+      const int length = a[i].sequence->tokens(0), kind = random.below(8), draw = random.below(1 << 20),
+                stored_tokens = a[i].sequence->layer_state(0).reach.k;
+      if (kind < 3 && length < 500)
+        both(i,
+             [&](auto&, Sequence& s) { append(s, tokens, draw % 400, 1 + draw % (kind == 0 ? 190 : 40)); });
+      else if (kind == 3 && a.size() < 3)
+        both(i, [&](std::vector<Job>& side, Sequence& s) { side.push_back({s.fork(), {}}); });
+      else if (kind == 4)
+        both(i, [&](auto&, Sequence& s) { s.truncate(length - draw % std::min(length, 150)); });
+      else if (kind == 5)
+        both(i, [&](auto&, Sequence& s) {
+          const Checkpoint point = s.checkpoint(140);
+          append(s, tokens, 9, 1 + draw % 140);
+          s.restore(point);
+        });
+      else if (kind == 6 && family.editable() && stored_tokens > 0)
+        both(i, [&](auto&, Sequence& s) {
+          const int first = s.layer_state(0).reach.sink + draw % stored_tokens;
+          std::vector<int> gone;
+          for (int t = first; t < first + draw % 9 + 1 && t < s.layer_state(0).reach.sink + stored_tokens;
+               ++t)
+            gone.push_back(t);
+          s.remove(0, draw % 3 - 1, gone);
+        });
+      else if (kind == 7 && a.size() > 1)
+        both(i, [&](std::vector<Job>& side, Sequence&) { side.erase(side.begin() + static_cast<int>(i)); });
+      for (std::size_t j = 0; j < a.size(); ++j) add_queries(family.config, 1, random, a[j], b[j]);
+      CHECK_WITH(agree(a, b, 1, true), std::string(family.name) + " round " + std::to_string(round));
+    }
+    CHECK(simt::take_reports().empty());
+  }
+}
+
+#ifndef INNERKV_ON_GPU
+TEST("a step sends entries of page tables only when they change") {
+  const int length = stride() > 1 ? 700 : 1500;
+  for (const bool hybrid : {false, true}) {
+    const LayerScheme scheme =
+        hybrid ? scheme_of({}, {2, Group::kTokens32, Mode::kHybrid})
+               : scheme_of({2, Group::kToken, Mode::kMidRise}, {2, Group::kToken, Mode::kMidRise});
+    CacheConfig config = config_of({scheme});
+    config.budget_bytes = std::size_t{256} << 20;
+    const auto cache = gpu_cache(config);
+    const Tokens tokens = tokens_of(config, length, 4);
+    Job job{filled(cache, tokens, length),
+            std::vector<float>(at(config.query_heads * config.head_dim), 0.5f)};
+    std::vector<Job> jobs;
+    jobs.push_back(std::move(job));
+    const auto sent = [&] {
+      const std::size_t before = simt::bytes_to_device;
+      attended_batch(jobs, 1, true, false);
+      return simt::bytes_to_device - before;
+    };
+    const std::size_t all = sent(), none = sent();
+    const std::size_t entries = at(config.kv_heads) * jobs[0].sequence->layer_state(0).pages[0].size();
+    CHECK(all - none >= entries * sizeof(gpu::PagePatch));
+    append(*jobs[0].sequence, tokens, 0, 140);  // at least one more page
+    CHECK(sent() - none <=
+          2 * at(config.kv_heads) * (sizeof(gpu::PagePatch) + sizeof(gpu::ExtentPatch)) + 2048);
+    CHECK(sent() - none <= 256);  // tasks for the longer sequence
+    append(*jobs[0].sequence, tokens, 0, 140);
+    std::vector<float> out(2 * jobs[0].q.size());
+    const Sequence* same = jobs[0].sequence.get();  // asked twice in one call
+    const BatchItem items[] = {{same, jobs[0].q.data(), out.data(), {}, nullptr, 1},
+                               {same, jobs[0].q.data(), out.data() + jobs[0].q.size(), {}, nullptr, 1}};
+    CHECK(attend_batch(*cache, 0, items, true, nullptr));
+    CHECK(std::equal(out.begin(), out.begin() + static_cast<int>(jobs[0].q.size()),
+                     out.begin() + static_cast<int>(jobs[0].q.size())));
+  }
+  CHECK(simt::take_reports().empty());
+}
+#endif
+
+TEST("a batch is appended with the bits of the CPU backend, by as many launches as one sequence") {
+#ifndef INNERKV_ON_GPU
+  struct Counter final : gpu::LaunchObserver {
+    int sets = 0;
+    void before() override { ++sets; }
+    void after() override {}
+  } counter;
+#endif
+  const auto schedules = simt::schedules();
+  const auto all = families();
+  for (std::size_t f = 0; f < all.size(); f += stride()) {
+    const Family& family = all[f];
+    simt::use(schedules[f % schedules.size()]);
+    // More than goes by pinned memory.
+    const bool large = stride() == 1 && family.scheme().k.raw() && family.scheme().v.raw();
+    const Tokens tokens = tokens_of(family.config, large ? 2500 : 320, 6);
+    const auto device = gpu_backend();
+    const auto cpu = cache_of(family.config), gpu = std::make_shared<Cache>(device, family.config);
+    std::vector<std::unique_ptr<Sequence>> a, b;
+    for (const int length : {30, 139, 172}) {
+      a.push_back(filled(cpu, tokens, length));
+      b.push_back(filled(gpu, tokens, length));
+    }
+    a.push_back(a[2]->fork());
+    b.push_back(b[2]->fork());
+    for (const int count : {150, 1}) {
+      std::vector<AppendItem> on_cpu, on_gpu;
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        const std::size_t from = tokens.row * i;
+        const int more = large && count > 100 ? 2400 : count;
+        on_cpu.push_back({a[i].get(), tokens.k.data() + from, tokens.v.data() + from, more});
+        on_gpu.push_back(on_cpu.back());
+        on_gpu.back().sequence = b[i].get();
+      }
+      append_batch(*cpu, 0, on_cpu);
+#ifndef INNERKV_ON_GPU
+      static_cast<gpu::GpuBackend&>(*device).observe(&counter);
+      counter.sets = 0;
+#endif
+      append_batch(*gpu, 0, on_gpu);
+#ifndef INNERKV_ON_GPU
+      static_cast<gpu::GpuBackend&>(*device).observe(nullptr);
+      // Quantised, copied into windows; statistics gathered; a set more for a second length of the sink.
+      const int most = 2 + (family.scheme().online() && count == 150) + family.scheme().released_windows;
+      CHECK_WITH(counter.sets <= most, family.name + std::string(": ") + std::to_string(counter.sets));
+#endif
+      for (std::size_t i = 0; i < a.size(); ++i) CHECK_WITH(stored(*a[i]) == stored(*b[i]), family.name);
+    }
+    CHECK_WITH(simt::take_reports().empty(), family.name);
+  }
+}
+
 }  // namespace
-}  // namespace tensors
 }  // namespace innerkv::test
+
+int main(int argc, char** argv) { return innerkv::test::run_gpu_tests("gpu_cache", argc, argv); }
