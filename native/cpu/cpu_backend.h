@@ -13,7 +13,7 @@ namespace innerkv {
 
 struct AttendScratch;
 
-class CpuBackend final : public Backend {
+class CpuBackend : public Backend {
  public:
   /// threads >= 1; `isa` as for select_kernels().
   CpuBackend(int threads, const char* isa);

@@ -10,45 +10,32 @@ namespace innerkv::test {
 namespace {
 
 /// The CPU backend, counted; quantise() fails when `allowed` calls of it have been made.
-class CountingBackend final : public Backend {
+class CountingBackend final : public CpuBackend {
  public:
+  CountingBackend() : CpuBackend(2, nullptr) {}
   int stages = 0, takes = 0, quantises = 0, copies = 0, reads = 0, allowed = 1 << 30;
-  void* allocate_memory(std::size_t bytes) override { return cpu_.allocate_memory(bytes); }
-  void free_memory(void* memory, std::size_t bytes) noexcept override { cpu_.free_memory(memory, bytes); }
-  void clear_memory(void* memory, std::size_t bytes) noexcept override { cpu_.clear_memory(memory, bytes); }
   void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
     ++reads;
-    cpu_.copy_memory(to, from, bytes);
+    CpuBackend::copy_memory(to, from, bytes);
   }
   void stage(std::span<Staging> numbers) override {
     ++stages;
-    cpu_.stage(numbers);
+    CpuBackend::stage(numbers);
   }
   void take(std::span<Intake> tensors) override {
     ++takes;
-    cpu_.take(tensors);
-  }
-  std::string objection(const void* memory, std::size_t bytes) override {
-    return cpu_.objection(memory, bytes);
+    CpuBackend::take(tensors);
   }
   void copy_rows(std::span<const RowCopy> rows, int row) noexcept override {
     ++copies;
-    cpu_.copy_rows(rows, row);
+    CpuBackend::copy_rows(rows, row);
   }
   void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
                 const RotationTable& rotations) override {
     if (quantises++ == allowed) throw Error(ErrorCode::kOutOfMemory, "refused");
     for (const QuantiseJob& job : jobs) CHECK(job.sink == jobs[0].sink && job.scheme == jobs[0].scheme);
-    cpu_.quantise(config, jobs, rotations);
+    CpuBackend::quantise(config, jobs, rotations);
   }
-  bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
-              const RotationTable& rotations, const std::atomic<bool>* aborted) override {
-    return cpu_.attend(config, requests, rotations, aborted);
-  }
-  void attend_dense(const DenseRequest& request) override { cpu_.attend_dense(request); }
-
- private:
-  CpuBackend cpu_{2, nullptr};
 };
 
 using Sequences = std::vector<std::unique_ptr<Sequence>>;

@@ -12,36 +12,14 @@ namespace innerkv::test {
 namespace {
 
 /// The CPU backend on a machine that refuses memory after `left` more requests.
-class RefusingBackend final : public Backend {
+class RefusingBackend final : public CpuBackend {
  public:
+  RefusingBackend() : CpuBackend(1, nullptr) {}
   int left = 1 << 30;
   void* allocate_memory(std::size_t bytes) override {
     if (left-- <= 0) throw Error(ErrorCode::kOutOfMemory, "refused");
-    return cpu_.allocate_memory(bytes);
+    return CpuBackend::allocate_memory(bytes);
   }
-  void free_memory(void* memory, std::size_t bytes) noexcept override { cpu_.free_memory(memory, bytes); }
-  void clear_memory(void* memory, std::size_t bytes) noexcept override { cpu_.clear_memory(memory, bytes); }
-  void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
-    cpu_.copy_memory(to, from, bytes);
-  }
-  void stage(std::span<Staging> numbers) override { cpu_.stage(numbers); }
-  void take(std::span<Intake> tensors) override { cpu_.take(tensors); }
-  std::string objection(const void* memory, std::size_t bytes) override {
-    return cpu_.objection(memory, bytes);
-  }
-  void copy_rows(std::span<const RowCopy> copies, int row) noexcept override { cpu_.copy_rows(copies, row); }
-  void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
-                const RotationTable& rotations) override {
-    cpu_.quantise(config, jobs, rotations);
-  }
-  bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
-              const RotationTable& rotations, const std::atomic<bool>* aborted) override {
-    return cpu_.attend(config, requests, rotations, aborted);
-  }
-  void attend_dense(const DenseRequest& request) override { cpu_.attend_dense(request); }
-
- private:
-  CpuBackend cpu_{1, nullptr};
 };
 
 struct World {

@@ -20,40 +20,19 @@ namespace innerkv::test {
 namespace {
 
 /// The CPU backend, counting what it has given out.
-class CountingBackend final : public Backend {
+class CountingBackend final : public CpuBackend {
  public:
+  CountingBackend() : CpuBackend(2, nullptr) {}
   std::size_t held = 0;
   void* allocate_memory(std::size_t bytes) override {
-    void* memory = cpu_.allocate_memory(bytes);
+    void* memory = CpuBackend::allocate_memory(bytes);
     held += bytes;
     return memory;
   }
   void free_memory(void* memory, std::size_t bytes) noexcept override {
     held -= bytes;
-    cpu_.free_memory(memory, bytes);
+    CpuBackend::free_memory(memory, bytes);
   }
-  void clear_memory(void* memory, std::size_t bytes) noexcept override { cpu_.clear_memory(memory, bytes); }
-  void copy_memory(void* to, const void* from, std::size_t bytes) noexcept override {
-    cpu_.copy_memory(to, from, bytes);
-  }
-  void stage(std::span<Staging> numbers) override { cpu_.stage(numbers); }
-  void take(std::span<Intake> tensors) override { cpu_.take(tensors); }
-  std::string objection(const void* memory, std::size_t bytes) override {
-    return cpu_.objection(memory, bytes);
-  }
-  void copy_rows(std::span<const RowCopy> copies, int row) noexcept override { cpu_.copy_rows(copies, row); }
-  void quantise(const CacheConfig& config, std::span<const QuantiseJob> jobs,
-                const RotationTable& rotations) override {
-    cpu_.quantise(config, jobs, rotations);
-  }
-  bool attend(const CacheConfig& config, std::span<const AttendRequest> requests,
-              const RotationTable& rotations, const std::atomic<bool>* aborted) override {
-    return cpu_.attend(config, requests, rotations, aborted);
-  }
-  void attend_dense(const DenseRequest& request) override { cpu_.attend_dense(request); }
-
- private:
-  CpuBackend cpu_{2, nullptr};
 };
 
 std::uint32_t print_of(const Sequence& sequence) {

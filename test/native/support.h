@@ -201,30 +201,43 @@ class Recorder {
     };
     if (t.spec.raw()) return put(base, at(2 * slots * t.head_dim));
     const bool blocks = t.spec.group == Group::kTokens32;
+    const CodeShape codes = t.codes();
+    const bool full = slots == kPageTokens;  // then every bit is one of a code
+    if (full) put(base, codes.bytes());
+    // Room for the most there can be: sanitizers make a call for every number expensive.
+    const std::size_t before = bytes.size();
+    bytes.resize(before + at(slots) * (at(t.head_dim) + 4 * at(t.groups()) + 4 + 6 * at(t.spec.outliers)) +
+                 4);
+    std::uint8_t* to = bytes.data() + before;
+    const auto add = [&](const auto value) {
+      std::memcpy(to, &value, sizeof value);
+      to += sizeof value;
+    };
     int zeros = 0;
     for (int slot = 0; slot < slots; ++slot) {
-      for (int c = 0; c < t.head_dim; ++c)
-        put(static_cast<std::uint8_t>(t.value ? get_code(base, t.codes(), c, slot)
-                                              : get_code(base, t.codes(), slot, c)));
+      for (int c = 0; c < t.head_dim && !full; ++c)
+        *to++ = static_cast<std::uint8_t>(t.value ? get_code(base, codes, c, slot)
+                                                  : get_code(base, codes, slot, c));
       for (int g = 0; g < t.groups() && (!blocks || slot % kBlockTokens32 == 0); ++g) {
         const std::uint16_t scale = half_at(base + t.scales_at(), t.scale_index(slot, g));
-        put(scale);
-        if (t.spec.dense_zeros()) put(half_at(base + t.zeros_at(), t.scale_index(slot, g)));
+        add(scale);
+        if (t.spec.dense_zeros()) add(half_at(base + t.zeros_at(), t.scale_index(slot, g)));
         if (t.spec.compact_zeros() && (scale & 0x8000)) {
-          put(half_at(extents[at(zeros / kZeroExtent)].data(), zeros % kZeroExtent));
+          add(half_at(extents[at(zeros / kZeroExtent)].data(), zeros % kZeroExtent));
           ++zeros;
         }
       }
       const std::uint8_t* section = base + t.outliers_at();
       const int last = t.spec.outliers > 0 ? outlier_start(section, t.outliers(), slot + 1) : 0;
-      put(last);
+      add(last);
       for (int i = last - t.spec.outliers; i < last; ++i) {
         const Outlier outlier = outlier_at(section, t.outliers(), i);
-        put(outlier.index);  // one by one: a struct's padding is anything
-        put(outlier.value);
+        add(outlier.index);  // one by one: a struct's padding is anything
+        add(outlier.value);
       }
     }
-    put(zeros);
+    add(zeros);
+    bytes.resize(at(static_cast<int>(to - bytes.data())));
   }
   Bytes bytes;
 };
