@@ -332,25 +332,34 @@ void GpuModel::finish(int index) {
   multiply(RowSource::kGated, rows, {&down, 1});
 }
 
-void GpuModel::score(const ScoreRows& scored) {
+void GpuModel::score(int first, std::span<const ScoredRow> scored) {
   const ModelConfig& config = model_->config();
+  const std::size_t vocabulary = at(config.vocabulary), count = scored.size();
   RowsArgs rows;
-  rows.x = residual_ + std::ptrdiff_t{scored.first} * config.hidden;
+  rows.x = residual_ + std::ptrdiff_t{first} * config.hidden;
   rows.weight = norm_;
   rows.norm = RowNorm::kWeighted;
-  rows.rows = scored.count;
+  rows.rows = static_cast<int>(count);
   rows.columns = config.hidden;
   const ProductArgs head{head_, nullptr, logits_, config.vocabulary, false};
   multiply(RowSource::kPlain, rows, {&head, 1});
-  const std::size_t vocabulary = at(config.vocabulary), wanted = at(scored.count - scored.logits_from);
-  if (wanted > 0)
-    device::copy(scored.logits, logits_ + at(scored.logits_from) * vocabulary,
-                 sizeof(float) * wanted * vocabulary);
-  if (!scored.targets.empty()) {
-    device::copy(targets_, scored.targets.data(), sizeof(int) * scored.targets.size());
-    check(score_rows(logits_, targets_, scored.count, config.vocabulary, nll_, device::stream()),
+  // Rows that follow each other here and there are one copy.
+  for (std::size_t i = 0, end; i < count; i = end) {
+    const float* const from = logits_ + i * vocabulary;
+    float* const to = scored[i].logits;
+    for (end = i + 1; to && end < count && scored[end].logits == to + (end - i) * vocabulary;) ++end;
+    if (to) device::copy(to, from, sizeof(float) * (end - i) * vocabulary);
+  }
+  if (std::any_of(scored.begin(), scored.end(), [](const ScoredRow& row) { return row.nll != nullptr; })) {
+    std::int32_t targets[kScoredRows];
+    float nll[kScoredRows];
+    for (std::size_t i = 0; i < count; ++i) targets[i] = scored[i].nll ? scored[i].target : -1;
+    device::copy(targets_, targets, sizeof(int) * count);
+    check(score_rows(logits_, targets_, rows.rows, config.vocabulary, nll_, device::stream()),
           "Scoring tokens");
-    device::copy(scored.nll, nll_, sizeof(float) * at(scored.count));
+    device::copy(nll, nll_, sizeof(float) * count);
+    for (std::size_t i = 0; i < count; ++i)
+      if (scored[i].nll) *scored[i].nll = nll[i];
   }
   check(cudaSuccess, "Scoring tokens");
 }

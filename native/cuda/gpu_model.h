@@ -31,7 +31,7 @@ class GpuModel final : public ModelDevice {
   HeadRows heads(int layer) override;
   ObservedRows observed() override;
   void finish(int layer) override;
-  void score(const ScoreRows& rows) override;
+  void score(int first, std::span<const ScoredRow> rows) override;
   /// The host does not wait for them.
   double product_seconds() const override { return 0; }
   void end() override;

@@ -196,29 +196,27 @@ void CpuModel::finish(int layer_index) {
   add_residual();
 }
 
-void CpuModel::score(const ScoreRows& rows) {
+void CpuModel::score(int first, std::span<const ScoredRow> rows) {
   const ModelConfig& config = model_->config();
-  const std::ptrdiff_t vocabulary = config.vocabulary;
-  normalise(&model_->norm(), rows.first, rows.count);
-  const bool straight = rows.logits_from == 0;
-  float* logits = rows.logits;
-  if (!straight) {
-    logits_.resize(at(kScoredRows) * at(config.vocabulary));
-    logits = logits_.data();
-  }
-  const Product head{&model_->head(), logits, vocabulary};
-  multiply(input_, rows.count, {&head, 1});
-  if (!straight)
-    std::copy(logits + rows.logits_from * vocabulary, logits + rows.count * vocabulary, rows.logits);
-  if (rows.targets.empty()) return;
-  each_row(rows.count, [&](int i) {
-    const std::int32_t target = rows.targets[at(i)];
-    float& nll = rows.nll[i];
-    nll = 0;
-    if (target < 0) return;
-    const float *x = logits + i * vocabulary, largest = *std::max_element(x, x + vocabulary);
-    nll = static_cast<float>(std::log(kernels_.sum_exp(x, config.vocabulary, largest)) -
-                             (static_cast<double>(x[target]) - static_cast<double>(largest)));
+  const std::size_t vocabulary = at(config.vocabulary);
+  const int count = static_cast<int>(rows.size());
+  normalise(&model_->norm(), first, count);
+  // Where one row's logits follow another's, as those of one sequence do, the product writes them there.
+  bool straight = true;
+  for (std::size_t i = 0; i < rows.size(); ++i)
+    straight &= rows[i].logits && rows[i].logits == rows[0].logits + i * vocabulary;
+  if (!straight) logits_.resize(std::max(logits_.size(), rows.size() * vocabulary));
+  float* const logits = straight ? rows[0].logits : logits_.data();
+  const Product head{&model_->head(), logits, config.vocabulary};
+  multiply(input_, count, {&head, 1});
+  backend_->pool().run(count, [&](int i, int) {
+    const ScoredRow& row = rows[at(i)];
+    const float* x = logits + at(i) * vocabulary;
+    if (row.logits && !straight) std::copy_n(x, vocabulary, row.logits);
+    if (!row.nll) return;
+    const float largest = *std::max_element(x, x + vocabulary);
+    *row.nll = static_cast<float>(std::log(kernels_.sum_exp(x, config.vocabulary, largest)) -
+                                  (static_cast<double>(x[row.target]) - static_cast<double>(largest)));
   });
 }
 

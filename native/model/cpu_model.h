@@ -20,7 +20,7 @@ class CpuModel final : public ModelDevice {
   HeadRows heads(int layer) override;
   ObservedRows observed() override;
   void finish(int layer) override;
-  void score(const ScoreRows& rows) override;
+  void score(int first, std::span<const ScoredRow> rows) override;
   double product_seconds() const override { return product_seconds_; }
   void end() override {}
 

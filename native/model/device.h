@@ -36,15 +36,13 @@ struct ObservedRows {
   std::ptrdiff_t stride = 0;
 };
 
-/// Rows of a round whose next tokens are wanted.
-struct ScoreRows {
-  int first = 0, count = 0;                    // at most kScoredRows
-  float* logits = nullptr;                     // [count - logits_from][vocabulary] on the host
-  int logits_from = 0;                         // row of these from which logits are wanted; `count`: none
-  std::span<const std::int32_t> targets = {};  // [count], negative: not scored; or empty
-  float* nll = nullptr;                        // [count] on the host, 0 where not scored
+/// What is wanted of a row of a round: logits, or the loss of what follows, or both. On the host.
+struct ScoredRow {
+  float* logits = nullptr;  // [vocabulary]
+  std::int32_t target = 0;  // when there is an nll
+  float* nll = nullptr;     // -log p(target)
 };
-inline constexpr int kScoredRows = 64;
+inline constexpr int kScoredRows = 64;  // in one score()
 
 inline Error not_finite_in(int layer) {
   return Error(ErrorCode::kNotFinite, "Layer " + std::to_string(layer) +
@@ -66,7 +64,8 @@ class ModelDevice {
   virtual ObservedRows observed() = 0;
   /// Attention's output through the rest of the layer.
   virtual void finish(int layer) = 0;
-  virtual void score(const ScoreRows& rows) = 0;
+  /// Rows `first` and on, whoever's they are: the weights of the vocabulary are read once for all of them.
+  virtual void score(int first, std::span<const ScoredRow> rows) = 0;
   /// Time that products with weights took in this round, 0 where that is not known.
   virtual double product_seconds() const = 0;
   /// Throws Error{kNotFinite} when a key or value of this round was beyond binary16, if heads() has not.

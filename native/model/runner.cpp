@@ -170,28 +170,34 @@ void Runner::attend(int layer, const HeadRows& heads, std::span<const Part> part
   }
 }
 
-/// Logits and losses of the rows that want them.
+/// Logits and losses of the rows that want them: neighbours together, whichever sequences they belong to.
 void Runner::score(std::span<const Part> parts) const {
-  const std::size_t vocabulary = at(model_->config().vocabulary);
+  const std::ptrdiff_t vocabulary = model_->config().vocabulary;
+  std::vector<ScoredRow> wanted;
+  int first = 0;
+  const auto flush = [&] {
+    if (!wanted.empty()) device_->score(first, wanted);
+    wanted.clear();
+  };
   for (const Part& part : parts) {
     const ForwardItem& item = *part.item;
-    const int all = static_cast<int>(item.tokens.size()), first_logit = all - item.logit_rows;
-    const int begin = item.targets.empty() ? std::max(part.first, first_logit) : part.first,
-              end = part.first + part.count;
-    for (int token = begin; token < end; token += kScoredRows) {
-      ScoreRows rows;
-      rows.first = part.row + token - part.first;
-      rows.count = std::min(kScoredRows, end - token);
-      rows.logits_from = std::clamp(first_logit - token, 0, rows.count);
-      if (rows.logits_from < rows.count)
-        rows.logits = item.logits + at(token + rows.logits_from - first_logit) * vocabulary;
+    const int first_logit = static_cast<int>(item.tokens.size()) - item.logit_rows;
+    for (int i = 0; i < part.count; ++i) {
+      const int token = part.first + i, row = part.row + i;
+      ScoredRow scored;
+      if (token >= first_logit) scored.logits = item.logits + (token - first_logit) * vocabulary;
       if (!item.targets.empty()) {
-        rows.targets = item.targets.subspan(at(token), at(rows.count));
-        rows.nll = item.nll + token;
+        item.nll[token] = 0;
+        scored.target = item.targets[at(token)];
+        if (scored.target >= 0) scored.nll = item.nll + token;
       }
-      device_->score(rows);
+      if (!scored.logits && !scored.nll) continue;
+      if (wanted.size() == kScoredRows || row != first + static_cast<int>(wanted.size())) flush();
+      if (wanted.empty()) first = row;
+      wanted.push_back(scored);
     }
   }
+  flush();
 }
 
 }  // namespace innerkv

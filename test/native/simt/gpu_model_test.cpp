@@ -42,6 +42,17 @@ struct Shape {
   float value_bias = 0;  // of the last channel of the last layer's values
 };
 
+/// Small, because emulation is slow.
+Shape small_shape() {
+  Shape shape;
+  shape.type = TensorType::kQ8_0;
+  shape.hidden = shape.intermediate = 64;
+  shape.query_heads = 2;
+  shape.kv_heads = 1;
+  shape.head_dim = 32;
+  return shape;
+}
+
 /// In a file that is gone when the test has it in memory.
 std::shared_ptr<const Model> random_model(const Shape& shape, std::uint64_t seed = 1) {
   check::Random random(seed);
@@ -182,7 +193,7 @@ Results run(const Side& side, bool bytes, const LayerScheme& scheme) {
   const int vocabulary = side.model->config().vocabulary;
   const auto cache = side.cache(scheme);
   const std::vector<std::int32_t> prompt = text(18, 2, vocabulary), other = text(3, 3, vocabulary),
-                                  scored = text(9, 4, vocabulary);
+                                  scored = text(10, 4, vocabulary);
   Results results;
   results.prefill.resize(prompt.size() * at(vocabulary));
   {
@@ -227,6 +238,7 @@ LayerScheme sixteen_bits() { return scheme_of({}, {}); }
 TEST(
     "models of every type: logits and losses agree with the CPU to the noise of roundings, in both kinds of "
     "activations") {
+  // 10 tokens whose losses are wanted are 9 rows, the least that are not few.
   const auto schedules = simt::schedules();
   for (const TensorType type : kAllTypes) {
     if (static_cast<std::size_t>(type) % stride() != 0) continue;
@@ -359,11 +371,12 @@ TEST("observed heads are the CPU's") {
   CHECK(simt::take_reports().empty());
 }
 
-/// Passes everything on and sets a flag on the way into a layer.
-class Meddling final : public ModelDevice {
+/// Passes everything on, sets a flag on the way into a layer and notes which rows are scored together.
+class Watched final : public ModelDevice {
  public:
-  Meddling(std::unique_ptr<ModelDevice> device, int layer, std::atomic<bool>& flag)
-      : device_(std::move(device)), layer_(layer), flag_(flag) {}
+  using Scores = std::vector<std::pair<int, int>>;  // first row, rows
+  Watched(std::unique_ptr<ModelDevice> device, int layer, std::atomic<bool>& flag, Scores* scores = nullptr)
+      : device_(std::move(device)), layer_(layer), flag_(flag), scores_(scores) {}
   std::string products() const override { return device_->products(); }
   double product_seconds() const override { return device_->product_seconds(); }
   void begin(const Round& round) override { device_->begin(round); }
@@ -373,7 +386,10 @@ class Meddling final : public ModelDevice {
   }
   ObservedRows observed() override { return device_->observed(); }
   void finish(int layer) override { device_->finish(layer); }
-  void score(const ScoreRows& rows) override { device_->score(rows); }
+  void score(int first, std::span<const ScoredRow> rows) override {
+    if (scores_) scores_->emplace_back(first, static_cast<int>(rows.size()));
+    device_->score(first, rows);
+  }
   void end() override { device_->end(); }
   void cancel() noexcept override { device_->cancel(); }
 
@@ -381,7 +397,77 @@ class Meddling final : public ModelDevice {
   std::unique_ptr<ModelDevice> device_;
   int layer_;
   std::atomic<bool>& flag_;
+  Scores* scores_;
 };
+
+/// `side` with a runner whose device is watched.
+Side watched(const Side& side, std::unique_ptr<ModelDevice> device, int layer, std::atomic<bool>& flag,
+             Watched::Scores* scores = nullptr) {
+  Side result = side;
+  result.runner = std::make_unique<Runner>(
+      side.model, std::make_unique<Watched>(std::move(device), layer, flag, scores), side.cpu->pool());
+  return result;
+}
+
+TEST("neighbouring rows are scored together, whichever sequences they belong to, with the bits of one each") {
+  const auto model = random_model(small_shape());
+  const std::size_t vocabulary = at(model->config().vocabulary);
+  std::atomic<bool> unused{false};
+  struct Wish {
+    int tokens;
+    bool logits, losses;
+  };
+  const std::vector<Wish> mixed = {{4, false, true}, {2, true, false}, {3, false, false}, {1, true, true}};
+  const std::vector<Wish> apart(3, {1, true, false}), many(70, {1, true, false});
+  const auto check = [&](const Side& side, std::unique_ptr<ModelDevice> device,
+                         const std::vector<Wish>& wishes, const Watched::Scores& expected) {
+    Watched::Scores scores;
+    const Side counted = watched(side, std::move(device), -1, unused, &scores);
+    const auto cache = side.cache(sixteen_bits());
+    struct Text {
+      std::unique_ptr<Sequence> sequence;
+      std::vector<std::int32_t> tokens, targets;
+      std::vector<float> logits, nll;
+      ForwardItem item(const Wish& wish) {
+        return {sequence.get(), tokens, logits.data(), wish.logits ? wish.tokens : 0, targets, nll.data()};
+      }
+    };
+    const auto texts = [&] {
+      std::vector<Text> all;
+      for (std::size_t i = 0; i < wishes.size(); ++i) {
+        Text text{cache->sequence(), test::text(wishes[i].tokens, i, 70), {}, {}, {}};
+        text.logits.assign(wishes[i].logits ? text.tokens.size() * vocabulary : 0, NAN);
+        if (wishes[i].losses) {
+          text.targets = test::text(wishes[i].tokens, 100 + i, 70);
+          if (wishes[i].tokens > 1) text.targets[1] = -1;
+          text.nll.assign(text.tokens.size(), NAN);
+        }
+        all.push_back(std::move(text));
+      }
+      return all;
+    };
+    std::vector<Text> together = texts(), alone = texts();
+    std::vector<ForwardItem> items;
+    for (std::size_t i = 0; i < wishes.size(); ++i) items.push_back(together[i].item(wishes[i]));
+    counted.runner->forward(items, options_of(false), nullptr, nullptr);
+    CHECK(scores == expected);
+    for (std::size_t i = 0; i < wishes.size(); ++i) {
+      const ForwardItem item = alone[i].item(wishes[i]);
+      side.runner->forward({&item, 1}, options_of(false), nullptr, nullptr);
+      CHECK(same_bits(together[i].logits, alone[i].logits) && same_bits(together[i].nll, alone[i].nll));
+      for (const auto* numbers : {&together[i].logits, &together[i].nll})
+        CHECK(std::all_of(numbers->begin(), numbers->end(), [](float x) { return std::isfinite(x); }));
+      if (together[i].nll.size() > 1) CHECK(together[i].nll[1] == 0 && together[i].nll[0] > 0);
+    }
+  };
+  const Side cpu = cpu_side(model), gpu = gpu_side(model);
+  const Watched::Scores runs = {{0, 1}, {2, 4}, {9, 1}};
+  check(cpu, std::make_unique<CpuModel>(model, cpu.cpu), mixed, runs);
+  check(gpu, gpu_device(model), mixed, runs);
+  check(gpu, gpu_device(model), apart, {{0, 3}});
+  check(cpu, std::make_unique<CpuModel>(model, cpu.cpu), many, {{0, 64}, {64, 6}});
+  CHECK(simt::take_reports().empty());
+}
 
 /// Two sequences of different lengths, in a scheme whose windows and pages both change.
 struct Pair {
@@ -414,10 +500,8 @@ TEST("aborted in any layer: sequences are as they were, and the next call is non
   const auto before = pair.bytes();
   for (const int layer : {-1, 0, 1}) {
     std::atomic<bool> flag{layer < 0};
-    Side meddling = gpu;
-    meddling.runner = std::make_unique<Runner>(
-        model, std::make_unique<Meddling>(gpu_device(model), layer, flag), gpu.cpu->pool());
-    CHECK(pair.forward(meddling, &flag) == static_cast<int>(ErrorCode::kAborted));
+    CHECK(pair.forward(watched(gpu, gpu_device(model), layer, flag), &flag) ==
+          static_cast<int>(ErrorCode::kAborted));
     CHECK(pair.bytes() == before);
   }
   CHECK(pair.forward(gpu, nullptr) == -1 && untouched.forward(gpu, nullptr) == -1);
@@ -521,17 +605,6 @@ struct WithoutGraphs {
   WithoutGraphs() { setenv("INNERKV_CUDA_GRAPHS", "0", 1); }
   ~WithoutGraphs() { unsetenv("INNERKV_CUDA_GRAPHS"); }
 };
-
-/// Small, because emulation is slow.
-Shape small_shape() {
-  Shape shape;
-  shape.type = TensorType::kQ8_0;
-  shape.hidden = shape.intermediate = 64;
-  shape.query_heads = 2;
-  shape.kv_heads = 1;
-  shape.head_dim = 32;
-  return shape;
-}
 
 TEST("a decoding step is one graph, with the bits of kernels enqueued one by one") {
   const auto model = random_model(small_shape());
