@@ -213,10 +213,11 @@ export class ReferenceHead {
 
   /** Indices of the tokens after the sink whose tensor is still in 16 bits. */
   private waiting(tensor: 'key' | 'value'): number[] {
-    return [...this.tokens.keys()].filter((i) => {
-      const token = this.tokens[i]!;
-      return token.position >= this.scheme.sink && token[tensor].kind === 'window';
+    const indices: number[] = [];
+    this.tokens.forEach((token, i) => {
+      if (token.position >= this.scheme.sink && token[tensor].kind === 'window') indices.push(i);
     });
+    return indices;
   }
 
   /** Statistics of the first statTokens tokens, taken when the first token is about to be quantised. */

@@ -34,8 +34,14 @@ export function toHalfBitsIeee(x: number): number {
   return sign | ((exponent + 14) * 1024 + units);
 }
 
-/** Value of a binary16 pattern (infinities and NaN included). */
+/** Value of a binary16 pattern (infinities and NaN included); other numbers are none. */
 export function fromHalfBits(bits: number): number {
+  return VALUES[bits]!;
+}
+
+const VALUES = Float64Array.from({ length: 65536 }, (_, bits) => valueOf(bits));
+
+function valueOf(bits: number): number {
   const sign = bits & 0x8000 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
   const fraction = bits & 1023;
