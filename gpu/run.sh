@@ -3,7 +3,7 @@
 # usage: gpu/run.sh [build|test|model|sanitize|bench|all] [FOLDER]      (all; ./gpu-results)
 # Writes FOLDER/results.json, FOLDER/summary.md, the log of every step and the benchmark's JSON and table. Every step has a
 # time limit, together under 9 minutes, and 2 and a half more where there is a model to run. Exit code 1 if a step failed; what cannot run here is named and is no failure.
-# INNERKV_LIMIT_SCALE multiplies the limits, for machines of few cores; INNERKV_CUDA_ARCHS (90-real) is as for cmake.
+# INNERKV_LIMIT_SCALE multiplies the limits, for machines of few cores; INNERKV_CUDA_ARCHS is as for cmake.
 # Works in a checkout after `npm ci` and in the folder that `npm run gpu:bundle` makes.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -61,7 +61,7 @@ configure() {
   local options=()
   ! command -v ninja >/dev/null || options=(-G Ninja)
   cmake -S "$root" -B "$build" "${options[@]}" -DINNERKV_CUDA=ON -DINNERKV_TESTS=ON \
-    "-DINNERKV_CUDA_ARCHS=${INNERKV_CUDA_ARCHS:-90-real}" \
+    ${INNERKV_CUDA_ARCHS:+"-DINNERKV_CUDA_ARCHS=$INNERKV_CUDA_ARCHS"} \
     "-DCMAKE_JS_INC=$headers;$root/node_modules/node-addon-api" -DCMAKE_JS_SRC= -DCMAKE_JS_LIB=
 }
 
@@ -70,7 +70,7 @@ gpu_at_hand() { "$build/ptx_golden" >/dev/null 2>&1; [[ $? != 77 && -x $build/pt
 run_build() {
   step configure 20 configure || return
   step build 130 cmake --build "$build" -j "$cores" --target innerkv ptx_golden innerkv_cuda_bench \
-    {recording,gpu_backend,attend_half,gpu_products,gpu_model}_gpu_test || return
+    {recording,gpu_backend,gpu_cache,attend_half,gpu_products,gpu_model}_gpu_test || return
   mkdir -p build/Release && cp "$build/innerkv.node" build/Release/
 }
 
@@ -93,7 +93,8 @@ run_test() {
   beside=$!
   lines=2 step ptx_golden 20 "$build/ptx_golden"
   lines=8 step recording 5 "$build/recording_gpu_test"
-  lines=8 step gpu_backend 50 "$build/gpu_backend_gpu_test"
+  lines=8 step gpu_backend 40 "$build/gpu_backend_gpu_test"
+  lines=8 step gpu_cache 10 "$build/gpu_cache_gpu_test"
   lines=8 step attend_half 30 "$build/attend_half_gpu_test"
   lines=12 step gpu_products 20 "$build/gpu_products_gpu_test"
   lines=10 step gpu_model 30 "$build/gpu_model_gpu_test"

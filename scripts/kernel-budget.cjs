@@ -1,7 +1,8 @@
 'use strict';
 // Compiles every kernel for every architecture of a release, as CMakeLists.txt does, and holds registers, shared memory
 // and stack of each against native/cuda/budget.json; spilled registers and warnings always fail.
-// usage: node scripts/kernel-budget.cjs [--jobs N] [--update]
+// usage: node scripts/kernel-budget.cjs [--jobs N] [--notes DIRECTORY] [--update]
+// --notes compiles nothing but reads what a build has said: NAME.cu.txt holds `ptxas -v` of NAME.cu (.ci/nvcc-notes).
 // --update writes the table instead of comparing. Exit code 77 without nvcc.
 const { execFile, spawnSync } = require('node:child_process');
 const { existsSync, mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } = require('node:fs');
@@ -14,6 +15,7 @@ const tablePath = join(root, 'native', 'cuda', 'budget.json');
 const { values: given } = parseArgs({
   options: {
     jobs: { type: 'string', default: String(availableParallelism()) },
+    notes: { type: 'string' },
     update: { type: 'boolean' },
   },
 });
@@ -26,7 +28,7 @@ const groups = [
 const archs = groups.flatMap((group) => group.archs);
 const home = process.env.CUDA_HOME ?? process.env.CUDA_PATH;
 const nvcc = home && existsSync(join(home, 'bin', 'nvcc')) ? join(home, 'bin', 'nvcc') : 'nvcc';
-if (spawnSync(nvcc, ['--version']).status !== 0) {
+if (!given.notes && spawnSync(nvcc, ['--version']).status !== 0) {
   console.error('*** NOT RUN: there is no nvcc, so the budget of kernels was not checked. ***');
   process.exit(77);
 }
@@ -54,6 +56,18 @@ function compile(source, { ptx, archs }) {
       resolve({ source, code, failed: error !== null, text: stdout + stderr }),
     ),
   );
+}
+
+/** What the build of a source has said. */
+function notesOf(name) {
+  const path = join(given.notes, `${name}.txt`);
+  const failed = !existsSync(path);
+  return {
+    source: name,
+    code: groups.flatMap((group) => group.archs).join(','),
+    failed,
+    text: failed ? `There is no ${path}` : readFileSync(path, 'utf8'),
+  };
 }
 
 /** What ptxas -v said of each kernel. */
@@ -88,12 +102,16 @@ function readable(names) {
 
 async function main() {
   const sources = readdirSync(join(root, 'native', 'cuda')).filter((name) => name.endsWith('.cu'));
-  const waiting = groups.flatMap((group) => sources.map((name) => [join('native', 'cuda', name), group]));
   const results = [];
-  const work = async () => {
-    for (let next = waiting.shift(); next; next = waiting.shift()) results.push(await compile(...next));
-  };
-  await Promise.all(Array.from({ length: Number(given.jobs) }, work));
+  if (given.notes) {
+    for (const name of sources) results.push(notesOf(name));
+  } else {
+    const waiting = groups.flatMap((group) => sources.map((name) => [join('native', 'cuda', name), group]));
+    const work = async () => {
+      for (let next = waiting.shift(); next; next = waiting.shift()) results.push(await compile(...next));
+    };
+    await Promise.all(Array.from({ length: Number(given.jobs) }, work));
+  }
 
   const wrong = [];
   const found = {};
