@@ -202,9 +202,9 @@ void CpuModel::score(int first, std::span<const ScoredRow> rows) {
   const int count = static_cast<int>(rows.size());
   normalise(&model_->norm(), first, count);
   // Where one row's logits follow another's, as those of one sequence do, the product writes them there.
-  bool straight = true;
-  for (std::size_t i = 0; i < rows.size(); ++i)
-    straight &= rows[i].logits && rows[i].logits == rows[0].logits + i * vocabulary;
+  bool straight = rows[0].logits != nullptr;
+  for (std::size_t i = 1; i < rows.size(); ++i)
+    straight = straight && rows[i].logits == rows[0].logits + i * vocabulary;
   if (!straight) logits_.resize(std::max(logits_.size(), rows.size() * vocabulary));
   float* const logits = straight ? rows[0].logits : logits_.data();
   const Product head{&model_->head(), logits, config.vocabulary};
